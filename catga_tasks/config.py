@@ -1,0 +1,117 @@
+"""Which settings are ours, and are their values right?"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from catga_tasks.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PREFIXES = ("outbox_", "inbox_")
+DELIVERIES = ("at_most_once", "at_least_once")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Our settings, read once from Celery's configuration and validated. Times are seconds."""
+
+    #: SQLAlchemy URL of the outbox's database; an alternative to `Catga(outbox=...)`.
+    outbox_url: str | None = None
+    #: Rows that a relay claims and publishes at a time.
+    outbox_batch_size: int = 500
+    #: Attempts at one message before it becomes a dead letter. An outage of the broker uses none up.
+    outbox_max_attempts: int = 10
+    #: The longest wait before the second attempt; it doubles with each one.
+    outbox_retry_backoff: float = 1.0
+    #: The cap of that wait.
+    outbox_retry_backoff_max: float = 600.0
+    #: Draw the wait evenly from zero to its ceiling.
+    outbox_retry_jitter: bool = True
+    #: How long the relay waits for the broker's confirmation.
+    outbox_publish_timeout: float = 10.0
+    #: After this long without a word, a relay's claim is void: its rows go to another one.
+    outbox_lease_timeout: float = 30.0
+    #: The longest pause between two looks at the table; a commit wakes the relay earlier.
+    outbox_poll_interval_max: float = 1.0
+    #: How long dead letters are kept; None keeps them until they are replayed or discarded.
+    outbox_retention: float | None = None
+    #: Refuse a task that is enqueued outside a joined transaction.
+    outbox_require_transaction: bool = False
+    #: The delivery of tasks that don't choose their own.
+    task_delivery: str = "at_least_once"
+
+    def __post_init__(self) -> None:
+        for name in ("outbox_batch_size", "outbox_max_attempts"):
+            _at_least_one(name, getattr(self, name))
+        for name in (
+            "outbox_retry_backoff",
+            "outbox_retry_backoff_max",
+            "outbox_publish_timeout",
+            "outbox_lease_timeout",
+            "outbox_poll_interval_max",
+        ):
+            _seconds(name, getattr(self, name))
+        if self.outbox_retention is not None:
+            _seconds("outbox_retention", self.outbox_retention)
+        for name in ("outbox_retry_jitter", "outbox_require_transaction"):
+            _boolean(name, getattr(self, name))
+        if self.outbox_url is not None and not isinstance(self.outbox_url, str):
+            message = "outbox_url must be a SQLAlchemy URL such as 'postgresql+psycopg://localhost/shop'."
+            raise ConfigurationError(message)
+        check_delivery("task_delivery", self.task_delivery)
+        if self.outbox_lease_timeout <= self.outbox_publish_timeout:
+            message = (
+                f"outbox_lease_timeout ({self.outbox_lease_timeout:g} s) must be longer than outbox_publish_timeout "
+                f"({self.outbox_publish_timeout:g} s): a relay that waits for the broker would lose its rows."
+            )
+            raise ConfigurationError(message)
+
+    @classmethod
+    def read(cls, conf: Mapping[str, Any]) -> Settings:
+        """Take our settings from Celery's configuration; raise `ConfigurationError` for an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name in _ours(conf):
+            if name not in known:
+                raise ConfigurationError(_unknown(name, known))
+        return cls(**{name: conf[name] for name in known if name in conf})
+
+
+def check_delivery(name: str, value: object) -> str:
+    """Return `value` if it is a delivery that this release offers."""
+    if value not in DELIVERIES:
+        choices = " or ".join(repr(delivery) for delivery in DELIVERIES)
+        message = f"{name} must be {choices}, not {value!r}."
+        raise ConfigurationError(message)
+    return str(value)
+
+
+def _ours(conf: Mapping[str, Any]) -> list[str]:
+    return [name for name in conf if isinstance(name, str) and name.startswith(PREFIXES)]
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(sorted(known))}."
+    return f"Unknown setting {name}: {hint}"
+
+
+def _at_least_one(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        message = f"{name} must be a whole number of at least 1, not {value!r}."
+        raise ConfigurationError(message)
+
+
+def _seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        message = f"{name} must be a number of seconds above 0, not {value!r}."
+        raise ConfigurationError(message)
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        message = f"{name} must be True or False, not {value!r}."
+        raise ConfigurationError(message)
