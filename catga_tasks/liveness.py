@@ -1,0 +1,151 @@
+"""Which relays are alive, what have they in hand, and which one may work?
+
+Statements on the relays' heartbeats, the journal of batches in flight, and SQLite's lease.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from catga_tasks.tables import dialect, later, now, seconds_since
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection
+
+#: A relay whose last heartbeat is older than this many seconds is taken for dead.
+ALIVE_SECONDS = 30.0
+#: Heartbeats older than this are folded into the row "retired".
+RETIRE_SECONDS = 86400.0
+RETIRED = "retired"
+
+
+def journal_open(connection: Connection, relay: str, ids: Sequence[int]) -> tuple[int, list[tuple[int, list[int]]]]:
+    """Write down which rows are about to be published; return the entry's id and the entries of other batches.
+
+    On PostgreSQL the entry survives the relay, not the server: `synchronous_commit` is off on this connection,
+    for a server that dies takes no relay with it.
+    """
+    parameters = {"relay": relay, "ids": json.dumps(list(ids)), "zero": 0}
+    values = f"INSERT INTO catga_outbox_journal (relay, row_ids, started_at) VALUES (:relay, :ids, {later(connection, 'zero')})"
+    if dialect(connection) == "postgresql":
+        statement = (
+            f"WITH mine AS ({values} RETURNING id) SELECT id, NULL AS row_ids FROM mine "
+            "UNION ALL SELECT id, row_ids FROM catga_outbox_journal"
+        )
+        found = connection.execute(text(statement), parameters).all()
+        mine = next(entry for entry, row_ids in found if row_ids is None)
+        return mine, [(entry, json.loads(row_ids)) for entry, row_ids in found if row_ids is not None]
+    others = journal(connection)
+    mine = connection.execute(text(values + " RETURNING id"), parameters).scalar_one()
+    return mine, others
+
+
+def journal_close(connection: Connection, entry: int) -> None:
+    """Strike the entry: its batch is settled, or its rows are marked."""
+    connection.execute(text("DELETE FROM catga_outbox_journal WHERE id = :id"), {"id": entry})
+
+
+def journal_forget(connection: Connection, relay: str) -> None:
+    """Strike every entry of a relay that lives and knows that its rows aren't to blame."""
+    connection.execute(text("DELETE FROM catga_outbox_journal WHERE relay = :relay"), {"relay": relay})
+
+
+def journal(connection: Connection) -> list[tuple[int, list[int]]]:
+    """Return all entries: id and row ids."""
+    found = connection.execute(text("SELECT id, row_ids FROM catga_outbox_journal ORDER BY id"))
+    return [(entry, json.loads(row_ids)) for entry, row_ids in found]
+
+
+def heartbeat(  # noqa: PLR0913 - one argument a column
+    connection: Connection, relay: str, *, hostname: str, pid: int, queues: Sequence[str], published: int
+) -> None:
+    """Say that this relay lives and how much it has published so far."""
+    moment = later(connection, "zero")
+    statement = text(
+        "INSERT INTO catga_relays (id, hostname, pid, queues, started_at, heartbeat_at, published) "
+        f"VALUES (:id, :hostname, :pid, :queues, {moment}, {moment}, :published) "
+        f"ON CONFLICT (id) DO UPDATE SET heartbeat_at = {moment}, published = excluded.published"
+    )
+    values = {"id": relay, "hostname": hostname, "pid": pid, "queues": ",".join(queues) or None}
+    connection.execute(statement, {**values, "published": published, "zero": 0})
+
+
+def retire(connection: Connection, relay: str | None = None) -> None:
+    """Fold a relay that ends, or all that are long silent, into the row "retired"."""
+    gone = "id = :relay" if relay else f"id <> :retired AND heartbeat_at < {later(connection, 'ago')}"
+    moment = now(connection)
+    parameters = {"relay": relay} if relay else {"ago": -RETIRE_SECONDS}
+    total = text(f"SELECT coalesce(sum(published), 0) FROM catga_relays WHERE {gone}")
+    published = connection.execute(total, {**parameters, "retired": RETIRED} if not relay else parameters).scalar_one()
+    connection.execute(
+        text(
+            "INSERT INTO catga_relays (id, hostname, pid, started_at, heartbeat_at, published) "
+            f"VALUES (:retired, '', 0, {moment}, {moment}, :published) "
+            "ON CONFLICT (id) DO UPDATE SET published = catga_relays.published + excluded.published"
+        ),
+        {"retired": RETIRED, "published": int(published)},
+    )
+    delete = text(f"DELETE FROM catga_relays WHERE {gone}")
+    connection.execute(delete, {**parameters, "retired": RETIRED} if not relay else parameters)
+
+
+def take_lease(connection: Connection, owner: str, seconds: float) -> bool:
+    """Take or renew SQLite's lease; return whether it is ours. The write lock is held until the commit."""
+    connection.execute(
+        text(
+            f"INSERT INTO catga_outbox_lease (name, owner, expires_at) VALUES ('relay', :owner, {later(connection, 'for')}) "
+            f"ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_at = excluded.expires_at "
+            f"WHERE catga_outbox_lease.owner = excluded.owner OR catga_outbox_lease.expires_at < {now(connection)}"
+        ),
+        {"owner": owner, "for": seconds},
+    )
+    holder = connection.execute(text("SELECT owner FROM catga_outbox_lease WHERE name = 'relay'")).scalar_one()
+    return bool(holder == owner)
+
+
+def hold_lease(connection: Connection, owner: str) -> bool:
+    """Return whether the lease is still ours; the write lock is held from here to the commit."""
+    held = connection.execute(
+        text(
+            "UPDATE catga_outbox_lease SET owner = owner WHERE name = 'relay' AND owner = :owner "
+            f"AND expires_at >= {now(connection)}"
+        ),
+        {"owner": owner},
+    )
+    return held.rowcount == 1
+
+
+def release_lease(connection: Connection, owner: str) -> None:
+    """Give the lease back, so that the next relay need not wait for its end."""
+    connection.execute(text("DELETE FROM catga_outbox_lease WHERE owner = :owner"), {"owner": owner})
+
+
+def alive(connection: Connection) -> list[dict[str, object]]:
+    """Return the relays whose heartbeat is recent: id, hostname, pid, queues, seconds since it, published."""
+    since = seconds_since(connection, "heartbeat_at")
+    statement = text(
+        f"SELECT id, hostname, pid, queues, {since} AS silent, published FROM catga_relays "
+        f"WHERE id <> :retired AND {since} < :alive ORDER BY id"
+    )
+    found = connection.execute(statement, {"retired": RETIRED, "alive": ALIVE_SECONDS})
+    return [
+        {
+            "id": row.id,
+            "hostname": row.hostname,
+            "pid": row.pid,
+            "queues": row.queues.split(",") if row.queues else [],
+            "heartbeat_age_seconds": round(float(row.silent), 3),
+            "published": row.published,
+        }
+        for row in found
+    ]
+
+
+def published(connection: Connection) -> int:
+    """Return how many messages relays have published since the tables were made."""
+    return int(connection.execute(text("SELECT coalesce(sum(published), 0) FROM catga_relays")).scalar_one())

@@ -1,0 +1,201 @@
+"""What does the outbox say to its database? One function a statement.
+
+PostgreSQL and SQLite. Times that decide anything are computed by the database.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy import text
+
+from catga_tasks.envelope import STORED, Envelope, Row
+from catga_tasks.tables import MESSAGE_COLUMNS, SQLITE_NOW, UTCDateTime, dialect, later, now, seconds_since
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from sqlalchemy import Connection
+
+#: PostgreSQL's channel that wakes relays.
+CHANNEL = "catga_outbox"
+#: A claim's place in the table: the last row's moment (ISO text) and id.
+Place = tuple[str, int]
+
+_ARRAYS = {"priority": "int", "body": "bytea", "send_event": "bool", "expiration": "float8"}
+_INSERTED = (*STORED, "delay", "eta")
+_NAMES = ", ".join(STORED)
+_TAIL = "created_at, attempts, available_at, scheduled, suspect"
+_PG_VALUES = (
+    "clock_timestamp(), 0, coalesce(eta, clock_timestamp() + make_interval(secs => delay)), "
+    "eta IS NOT NULL OR delay > 0, false"
+)
+_PG_ARRAYS = ", ".join(f"CAST(:{name} AS {_ARRAYS.get(name, 'text')}[])" for name in STORED)
+_ADD_PG = text(
+    f"INSERT INTO catga_outbox ({_NAMES}, {_TAIL}) SELECT {_NAMES}, {_PG_VALUES} "
+    f"FROM unnest({_PG_ARRAYS}, CAST(:delay AS float8[]), CAST(:eta AS timestamptz[])) AS m({_NAMES}, delay, eta)"
+)
+_ADD_SQLITE = text(
+    f"INSERT INTO catga_outbox ({_NAMES}, {_TAIL}) VALUES ({', '.join(':' + name for name in STORED)}, {SQLITE_NOW}, 0, "
+    "coalesce(:eta, strftime('%Y-%m-%d %H:%M:%f', 'now', :delay || ' seconds')), :eta IS NOT NULL OR :delay > 0, 0)"
+).bindparams(sa.bindparam("eta", type_=UTCDateTime))
+
+
+def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
+    """Insert the messages with one statement: on PostgreSQL arrays, one round trip for any number of rows."""
+    if dialect(connection) == "sqlite":
+        connection.execute(_ADD_SQLITE, [{name: getattr(e, name) for name in _INSERTED} for e in envelopes])
+        return
+    connection.execute(_ADD_PG, {name: [getattr(e, name) for e in envelopes] for name in _INSERTED})
+
+
+def claim(
+    connection: Connection, limit: int, *, queues: Sequence[str] = (), after: Place | None = None
+) -> tuple[list[Row], Place | None]:
+    """Return due rows, the longest due first, and the place where they end; on PostgreSQL they are locked.
+
+    Rows that another relay has locked are passed over. `after` bounds the search from below, so that the dead
+    rows that a long transaction holds up aren't walked through again; it is no cursor: a transaction that began
+    earlier may still commit below it, so a sweep without it must follow.
+    """
+    postgresql = dialect(connection) == "postgresql"
+    statement = claim_statement(connection, queues=bool(queues), after=after is not None)
+    parameters: dict[str, Any] = {"limit": limit}
+    if after is not None:
+        parameters["after_at"], parameters["after_id"] = after
+    if queues:
+        parameters["queues"] = list(queues)
+    found = connection.execute(statement, parameters).all()
+    if not found:
+        return [], None
+    rows = [_row(values, postgresql=postgresql) for values in found]
+    return rows, (found[-1].due_at, found[-1].id)
+
+
+def claim_statement(connection: Connection, *, queues: bool = False, after: bool = False) -> sa.TextClause:
+    """Return the claim; its plan is asserted by a test (`failures.md`, 10)."""
+    postgresql = dialect(connection) == "postgresql"
+    conditions = [f"available_at <= {now(connection)}"]
+    if after:
+        moment = "CAST(:after_at AS timestamptz)" if postgresql else ":after_at"
+        conditions.append(f"(available_at, id) > ({moment}, :after_id)")
+    if queues:
+        conditions.append("queue IN :queues")
+    moment = "CAST(available_at AS text)" if postgresql else "available_at"
+    statement = text(
+        f"SELECT id, {_NAMES}, attempts, history, suspect, scheduled, "
+        f"{seconds_since(connection, 'created_at')} AS age, {moment} AS due_at "
+        f"FROM catga_outbox WHERE {' AND '.join(conditions)} ORDER BY available_at, id LIMIT :limit"
+        + (" FOR UPDATE SKIP LOCKED" if postgresql else "")
+    )
+    return statement.bindparams(sa.bindparam("queues", expanding=True)) if queues else statement
+
+
+def claim_ids(connection: Connection, ids: Iterable[int]) -> list[Row]:
+    """Return those of these rows that still exist and that nobody else has locked."""
+    postgresql = dialect(connection) == "postgresql"
+    statement = text(
+        f"SELECT id, {_NAMES}, attempts, history, suspect, scheduled, {seconds_since(connection, 'created_at')} AS age "
+        "FROM catga_outbox WHERE id IN :ids ORDER BY id" + (" FOR UPDATE SKIP LOCKED" if postgresql else "")
+    ).bindparams(sa.bindparam("ids", expanding=True))
+    return [_row(values, postgresql=postgresql) for values in connection.execute(statement, {"ids": list(ids)})]
+
+
+def count(connection: Connection, ids: Iterable[int]) -> int:
+    """Return how many of these rows exist."""
+    statement = text("SELECT count(*) FROM catga_outbox WHERE id IN :ids").bindparams(sa.bindparam("ids", expanding=True))
+    return int(connection.execute(statement, {"ids": list(ids)}).scalar_one())
+
+
+def remove(connection: Connection, ids: Sequence[int]) -> None:
+    """Delete confirmed rows."""
+    _by_ids(connection, "DELETE FROM catga_outbox", ids)
+
+
+def reschedule(connection: Connection, row: Row, *, error: str, delay: float) -> None:
+    """Count an attempt, keep its error and put the row off for `delay` seconds."""
+    statement = text(
+        f"UPDATE catga_outbox SET attempts = :attempts, history = :history, suspect = :suspect, "
+        f"available_at = {later(connection, 'delay')} WHERE id = :id"
+    )
+    connection.execute(
+        statement,
+        {
+            "attempts": row.attempts + 1,
+            "history": history(connection, row, error),
+            "suspect": row.suspect,
+            "delay": delay,
+            "id": row.id,
+        },
+    )
+
+
+def bury(connection: Connection, row: Row, *, error: str) -> None:
+    """Move the row to the dead letters, with its history and the error that ended it."""
+    names = ", ".join(name for name in MESSAGE_COLUMNS if name not in ("attempts", "history"))
+    statement = text(
+        f"INSERT INTO catga_dead_letters (id, {names}, attempts, history, died_at, error) "
+        f"SELECT id, {names}, :attempts, :history, {later(connection, 'zero')}, :error FROM catga_outbox WHERE id = :id"
+    )
+    parameters = {"attempts": row.attempts + 1, "history": history(connection, row, error), "error": error, "zero": 0}
+    connection.execute(statement, {**parameters, "id": row.id})
+    remove(connection, [row.id])
+
+
+def suspect(connection: Connection, ids: Sequence[int]) -> None:
+    """Mark rows that a relay may have died of: they are published one at a time from now on."""
+    flag = "true" if dialect(connection) == "postgresql" else "1"
+    _by_ids(connection, f"UPDATE catga_outbox SET suspect = {flag}", ids)
+
+
+def history(connection: Connection, row: Row, error: str) -> str:
+    """Return the row's history with one attempt more, stamped by the database's clock."""
+    entries = json.loads(row.history) if row.history else []
+    moment = connection.execute(text(f"SELECT CAST({now(connection)} AS text)")).scalar_one()
+    entries.append({"attempt": row.attempts + 1, "at": moment, "error": error})
+    return json.dumps(entries)
+
+
+def next_due(connection: Connection, *, queues: Sequence[str] = ()) -> float | None:
+    """Return the seconds until the next row that isn't due yet, or None; 0 if one is due."""
+    where = " WHERE queue IN :queues" if queues else ""
+    statement = text(
+        f"SELECT -({seconds_since(connection, 'available_at')}) FROM catga_outbox{where} ORDER BY available_at, id LIMIT 1"
+    )
+    if queues:
+        statement = statement.bindparams(sa.bindparam("queues", expanding=True))
+    wait = connection.execute(statement, {"queues": list(queues)} if queues else {}).scalar()
+    return None if wait is None else max(0.0, float(wait))
+
+
+def notify(connection: Connection) -> None:
+    """Wake the relays; on a connection that commits each statement, for NOTIFY locks the database at commit."""
+    connection.execute(text(f"NOTIFY {CHANNEL}"))
+
+
+def _by_ids(connection: Connection, statement: str, ids: Sequence[int]) -> None:
+    if not ids:
+        return
+    if dialect(connection) == "postgresql":
+        connection.execute(text(f"{statement} WHERE id = ANY(:ids)"), {"ids": list(ids)})
+        return
+    many = text(f"{statement} WHERE id IN :ids").bindparams(sa.bindparam("ids", expanding=True))
+    connection.execute(many, {"ids": list(ids)})
+
+
+def _row(values: Any, *, postgresql: bool) -> Row:
+    stored = dict(zip(STORED, values[1 : 1 + len(STORED)], strict=True))
+    if not postgresql:
+        stored["send_event"] = bool(stored["send_event"])
+    return Row(
+        id=values.id,
+        envelope=Envelope(**stored),
+        attempts=values.attempts,
+        history=values.history,
+        suspect=bool(values.suspect),
+        age=float(values.age),
+        scheduled=bool(values.scheduled),
+    )
+

@@ -1,0 +1,157 @@
+"""Which tables are ours?
+
+The declared form; `migrations/` builds it, and a test compares the two. Every time is the database's own, in UTC.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.types import TypeDecorator
+
+from catga_tasks.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import Dialect
+
+metadata = sa.MetaData()
+#: 64 bits everywhere; SQLite counts up by itself only in its plain INTEGER.
+BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """A moment in UTC: a `timestamptz` on PostgreSQL, ISO text on SQLite."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Store the moment in UTC; SQLite's text has no zone."""
+        if value is None:
+            return None
+        moment = value.astimezone(UTC)
+        return moment.replace(tzinfo=None) if dialect.name == "sqlite" else moment
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give every moment its zone."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value
+
+
+def _message_columns() -> list[sa.Column[Any]]:
+    return [
+        sa.Column("task_id", sa.Text, nullable=False),
+        sa.Column("task", sa.Text, nullable=False),
+        sa.Column("queue", sa.Text, nullable=False),
+        sa.Column("exchange", sa.Text, nullable=False),
+        sa.Column("routing_key", sa.Text, nullable=False),
+        sa.Column("priority", sa.Integer),
+        sa.Column("content_type", sa.Text, nullable=False),
+        sa.Column("content_encoding", sa.Text, nullable=False),
+        sa.Column("headers", sa.Text, nullable=False),
+        sa.Column("properties", sa.Text, nullable=False),
+        sa.Column("body", sa.LargeBinary, nullable=False),
+        sa.Column("declarations", sa.Text),
+        sa.Column("backend_calls", sa.Text),
+        sa.Column("send_event", sa.Boolean, nullable=False),
+        sa.Column("expiration", sa.Double),
+        sa.Column("created_at", UTCDateTime, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("history", sa.Text),
+    ]
+
+
+#: Messages on their way. A row is here until the broker has confirmed it.
+outbox = sa.Table(
+    "catga_outbox",
+    metadata,
+    sa.Column("id", BigId, sa.Identity(), primary_key=True),
+    *_message_columns(),
+    sa.Column("available_at", UTCDateTime, nullable=False),
+    sa.Column("scheduled", sa.Boolean, nullable=False),
+    sa.Column("suspect", sa.Boolean, nullable=False),
+    sa.Index("catga_outbox_due", "available_at", "id"),
+    sa.Index("catga_outbox_due_by_queue", "queue", "available_at", "id"),
+    sqlite_autoincrement=True,
+)
+
+#: Messages that used up their attempts, under the id they had in the outbox.
+dead_letters = sa.Table(
+    "catga_dead_letters",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=False),
+    *_message_columns(),
+    sa.Column("died_at", UTCDateTime, nullable=False),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Index("catga_dead_letters_died_at", "died_at"),
+)
+
+#: The batches in flight. One that outlives its relay tells which rows may have killed it.
+journal = sa.Table(
+    "catga_outbox_journal",
+    metadata,
+    sa.Column("id", BigId, sa.Identity(), primary_key=True),
+    sa.Column("relay", sa.Text, nullable=False),
+    sa.Column("row_ids", sa.Text, nullable=False),
+    sa.Column("started_at", UTCDateTime, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+#: The relays, by their heartbeats; the row "retired" sums up what former ones published.
+relays = sa.Table(
+    "catga_relays",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("hostname", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("queues", sa.Text),
+    sa.Column("started_at", UTCDateTime, nullable=False),
+    sa.Column("heartbeat_at", UTCDateTime, nullable=False),
+    sa.Column("published", BigId, nullable=False),
+)
+
+#: Which relay may work, where the database has no row locks (SQLite).
+lease = sa.Table(
+    "catga_outbox_lease",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("expires_at", UTCDateTime, nullable=False),
+)
+
+#: What the two tables of messages have in common, by name.
+MESSAGE_COLUMNS = tuple(column.name for column in _message_columns())
+
+SQLITE_NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+
+
+def dialect(connection: Connection) -> str:
+    """Return "postgresql" or "sqlite"; raise `ConfigurationError` for a database that isn't supported."""
+    name = connection.dialect.name
+    if name not in ("postgresql", "sqlite"):
+        message = f"outbox: {name} is not supported; use PostgreSQL (postgresql+psycopg://...) or SQLite (sqlite:///...)."
+        raise ConfigurationError(message)
+    return name
+
+
+def now(connection: Connection) -> str:
+    """Return the SQL of the database's clock: the transaction's start on PostgreSQL, so that an index can use it."""
+    return "now()" if dialect(connection) == "postgresql" else SQLITE_NOW
+
+
+def later(connection: Connection, parameter: str) -> str:
+    """Return the SQL of the moment `parameter` seconds from now; a negative number goes back."""
+    if dialect(connection) == "postgresql":
+        return f"clock_timestamp() + make_interval(secs => :{parameter})"
+    return f"strftime('%Y-%m-%d %H:%M:%f', 'now', :{parameter} || ' seconds')"
+
+
+def seconds_since(connection: Connection, column: str) -> str:
+    """Return the SQL of the seconds from `column` until now."""
+    if dialect(connection) == "postgresql":
+        return f"CAST(extract(epoch FROM clock_timestamp() - {column}) AS float8)"
+    return f"(julianday('now') - julianday({column})) * 86400.0"
