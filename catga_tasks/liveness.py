@@ -50,6 +50,20 @@ def journal_close(connection: Connection, entry: int) -> None:
     connection.execute(text("DELETE FROM catga_outbox_journal WHERE id = :id"), {"id": entry})
 
 
+def journal_strike(connection: Connection, entries: Sequence[int], ids: set[int]) -> None:
+    """Strike these rows from the entries, and the entries that have none left."""
+    lock = " FOR UPDATE" if dialect(connection) == "postgresql" else ""
+    select = text(f"SELECT row_ids FROM catga_outbox_journal WHERE id = :id{lock}")
+    for entry in entries:
+        found = connection.execute(select, {"id": entry}).scalar()
+        left = [number for number in json.loads(found or "[]") if number not in ids]
+        if left:
+            update = text("UPDATE catga_outbox_journal SET row_ids = :ids WHERE id = :id")
+            connection.execute(update, {"ids": json.dumps(left), "id": entry})
+        else:
+            journal_close(connection, entry)
+
+
 def journal_forget(connection: Connection, relay: str) -> None:
     """Strike every entry of a relay that lives and knows that its rows aren't to blame."""
     connection.execute(text("DELETE FROM catga_outbox_journal WHERE relay = :relay"), {"relay": relay})

@@ -7,6 +7,7 @@ beside the application's own Alembic.
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alembic import command
@@ -14,6 +15,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from catga_tasks import migrations
 from catga_tasks.errors import MigrationRequired
 
 if TYPE_CHECKING:
@@ -79,6 +81,5 @@ def _head() -> str:
 
 def _config(output: io.StringIO | None = None) -> Config:
     config = Config(output_buffer=output) if output else Config()
-    config.set_main_option("script_location", "catga_tasks.migrations".replace(".", ":", 0))
-    config.set_main_option("script_location", "catga_tasks:migrations")
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     return config

@@ -1,0 +1,164 @@
+"""Any broker that kombu knows: one publish a message, in order."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from kombu import Exchange, Queue
+from kombu.exceptions import OperationalError
+from kombu.utils.json import loads
+
+from catga_tasks.brokers.contract import Receipt
+from catga_tasks.envelope import Row, outgoing
+from catga_tasks.errors import BrokerUnavailable, MessageRejected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kombu import Connection, Producer
+
+#: Finds the application's own declaration of a queue by its name.
+Declarations = "Callable[[str], list[Any]]"
+
+
+class KombuPublisher:
+    """Publishes stored bytes through kombu.
+
+    `connect` makes a fresh connection to the broker with its time-outs set; `entities` returns what to declare
+    for a row's queue.
+    """
+
+    def __init__(self, connect: Callable[[], Connection], entities: Callable[[str], list[Any]]) -> None:
+        self._connect = connect
+        self._entities = entities
+        self._connection: Connection | None = None
+        self._producer: Producer | None = None
+        self._declared: set[tuple[str, str | None]] = set()
+
+    def publish(self, rows: Sequence[Row]) -> Receipt:
+        """Send the rows one by one; see `Publisher`."""
+        receipt = Receipt()
+        for row in rows:
+            try:
+                self.send(row)
+            except MessageRejected as error:
+                receipt.rejected.append((row, str(error)))
+            except BrokerUnavailable as error:
+                receipt.outage = str(error)
+                break
+            else:
+                receipt.confirmed.append(row)
+        return receipt
+
+    def send(self, row: Row) -> None:
+        """Send one row; raise `MessageRejected` if it is at fault, `BrokerUnavailable` if the broker is.
+
+        Whether the row is at fault shows in a second question: a broker that answers that isn't down.
+        """
+        headers, properties, envelope = outgoing(row)
+        try:
+            producer = self.producer()
+            self.declare(row)
+        except Exception as error:
+            self._give_up(error)
+        restored = loads(envelope.headers), loads(envelope.properties)
+        del headers, properties
+        try:
+            producer.publish(
+                envelope.body,
+                exchange=envelope.exchange,
+                routing_key=envelope.routing_key,
+                priority=envelope.priority or 0,
+                content_type=envelope.content_type,
+                content_encoding=envelope.content_encoding,
+                headers=restored[0],
+                **_publish_options(restored[1]),
+            )
+        except Exception as error:
+            self.close()
+            self.ping()
+            message = describe(error)
+            raise MessageRejected(message) from error
+
+    def producer(self) -> Producer:
+        """Return the producer on the open connection, opening it first if need be."""
+        if self._producer is None:
+            self._connection = self._connect()
+            self._connection.ensure_connection(max_retries=0, timeout=self._connection.connect_timeout)
+            self._producer = self._connection.Producer(auto_declare=False)
+            self._declared.clear()
+        return self._producer
+
+    def declare(self, row: Row) -> None:
+        """Declare what the row's queue needs, once a connection."""
+        envelope = row.envelope
+        key = (envelope.queue, envelope.declarations)
+        if key in self._declared:
+            return
+        entities = self._entities(envelope.queue) if envelope.declarations is None else restore(envelope.declarations)
+        for entity in entities:
+            self.producer().maybe_declare(entity)
+        self._declared.add(key)
+
+    def ping(self) -> None:
+        """Make a real round trip to the broker; raise `BrokerUnavailable` if there is no answer."""
+        try:
+            self.producer()
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Close the connection, also when it is broken."""
+        connection, self._connection, self._producer = self._connection, None, None
+        if connection is not None:
+            connection.collapse() if hasattr(connection, "collapse") else connection.close()
+
+    def _give_up(self, error: Exception) -> None:
+        self.close()
+        message = describe(error)
+        raise BrokerUnavailable(message) from error
+
+
+def describe(error: BaseException) -> str:
+    """Return the error in one line: its kind and its words. Brokers' errors carry no URL, so no password."""
+    if isinstance(error, OperationalError) and error.__cause__ is not None:
+        error = error.__cause__
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def dump(entities: Sequence[Any]) -> str:
+    """Return declarations as JSON, for a row whose queue isn't the application's own."""
+    return json.dumps([{"kind": type(entity).__name__, **_dict(entity)} for entity in entities])
+
+
+def restore(text: str) -> list[Any]:
+    """Return the entities of `dump`."""
+    return [_entity(declaration) for declaration in json.loads(text)]
+
+
+def _dict(entity: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = entity.as_dict(recurse=True)
+    fields.pop("on_declared", None)
+    return fields
+
+
+def _entity(declaration: dict[str, Any]) -> Any:
+    kind = declaration.pop("kind")
+    if kind == "Exchange":
+        return Exchange(**declaration)
+    exchange = declaration.pop("exchange", None)
+    bindings = declaration.pop("bindings", None)
+    if bindings:
+        message = "A queue with several bindings can't be stored with a message: name it in task_queues."
+        raise MessageRejected(message)
+    return Queue(exchange=Exchange(**exchange) if exchange else None, **declaration)
+
+
+def _publish_options(properties: dict[str, Any]) -> dict[str, Any]:
+    options = dict(properties)
+    expiration = options.pop("expiration", None)
+    if expiration is not None:
+        options["expiration"] = int(expiration) / 1000
+    return options

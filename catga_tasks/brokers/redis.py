@@ -1,0 +1,154 @@
+"""Redis: a batch in one pipeline, under the keys that kombu's transport reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from redis import exceptions
+
+from catga_tasks.brokers.contract import Receipt
+from catga_tasks.brokers.generic import KombuPublisher, describe
+from catga_tasks.envelope import outgoing, virtual_message
+from catga_tasks.errors import BrokerUnavailable, MessageRejected
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from catga_tasks.envelope import Row
+
+#: Answers of a Redis that refuses every write: full, a replica, unable to save, loading, or closed to us.
+_REFUSES_ALL = (
+    "OOM",
+    "READONLY",
+    "MISCONF",
+    "LOADING",
+    "NOREPLICAS",
+    "CLUSTERDOWN",
+    "MASTERDOWN",
+    "NOAUTH",
+    "NOPERM",
+    "WRONGPASS",
+    "BUSY",
+    "TRYAGAIN",
+)
+
+
+class RedisPublisher(KombuPublisher):
+    """Publishes to the default exchange, which is where Celery's queues are, by LPUSH in a pipeline.
+
+    Rows for named exchanges (topic, fanout) take kombu's way, one at a time.
+    """
+
+    def publish(self, rows: Sequence[Row]) -> Receipt:
+        """Send the rows; see `Publisher`.
+
+        A pipeline that fails as a whole says nothing of its rows, so they are sent again one by one: duplicates
+        are allowed, and a message that Redis chokes on is found.
+        """
+        receipt = Receipt()
+        try:
+            pushes = self._pushes(rows, receipt)
+            self._execute(pushes, receipt)
+        except BrokerUnavailable as error:
+            receipt.outage = str(error)
+        except _BatchFailed:
+            self._one_by_one([row for row, _, _ in pushes], receipt)
+        if receipt.outage is None:
+            rest = super().publish([row for row in rows if row.envelope.exchange])
+            receipt.confirmed += rest.confirmed
+            receipt.rejected += rest.rejected
+            receipt.outage = rest.outage
+        return receipt
+
+    def ping(self) -> None:
+        """Ask the server itself: kombu's connection may be an object without a socket."""
+        try:
+            with self.producer().channel.conn_or_acquire() as client:
+                client.ping()
+        except Exception as error:
+            self._give_up(error)
+
+    def _pushes(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, str, str]]:
+        pushes = []
+        try:
+            channel = self.producer().channel
+        except Exception as error:
+            self._give_up(error)
+        for row in rows:
+            if row.envelope.exchange:
+                continue
+            try:
+                _, _, envelope = outgoing(row)
+                self._declared_or_raise(row)
+            except MessageRejected as error:
+                receipt.rejected.append((row, str(error)))
+                continue
+            priority = min(max(envelope.priority or 0, channel.min_priority), channel.max_priority)
+            pushes.append((row, channel._q_for_pri(envelope.routing_key, priority), virtual_message(envelope)))
+        return pushes
+
+    def _declared_or_raise(self, row: Row) -> None:
+        try:
+            self.declare(row)
+        except MessageRejected:
+            raise
+        except Exception as error:
+            self._give_up(error)
+
+    def _execute(self, pushes: list[tuple[Row, str, str]], receipt: Receipt) -> None:
+        """Push everything in one round trip; the reply to each push is its confirmation."""
+        if not pushes:
+            return
+        # One LPUSH a key keeps the order of the rows and costs Redis a fraction of one a message.
+        keys: dict[str, list[tuple[Row, str]]] = {}
+        for row, key, message in pushes:
+            keys.setdefault(key, []).append((row, message))
+        try:
+            with self.producer().channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipeline:
+                for key, entries in keys.items():
+                    pipeline.lpush(key, *(message for _, message in entries))
+                self._expire(pipeline, pushes)
+                replies = pipeline.execute(raise_on_error=False)
+        except (exceptions.AuthenticationError, exceptions.TimeoutError) as error:
+            self._give_up(error)
+        except Exception as error:
+            self.close()
+            self.ping()
+            raise _BatchFailed from error
+        for entries, reply in zip(keys.values(), replies, strict=False):
+            if isinstance(reply, Exception):
+                self._judge(reply)
+                receipt.rejected.extend((row, describe(reply)) for row, _ in entries)
+            else:
+                receipt.confirmed.extend(row for row, _ in entries)
+
+    def _one_by_one(self, rows: Sequence[Row], receipt: Receipt) -> None:
+        for row in rows:
+            alone = Receipt()
+            try:
+                self._execute(self._pushes([row], alone), alone)
+            except BrokerUnavailable as error:
+                receipt.outage = str(error)
+                return
+            except _BatchFailed as failure:
+                alone.rejected.append((row, describe(failure.__cause__ or failure)))
+            receipt.confirmed += alone.confirmed
+            receipt.rejected += alone.rejected
+
+    def _expire(self, pipeline: Any, pushes: list[tuple[Row, str, str]]) -> None:
+        channel = self.producer().channel
+        for queue in {row.envelope.routing_key for row, _, _ in pushes} & set(channel._expires):
+            for step in channel.priority_steps:
+                pipeline.pexpire(channel._q_for_pri(queue, step), channel._expires[queue])
+
+    def _judge(self, reply: Exception) -> None:
+        """Raise if the answer means that Redis takes nothing from anybody: no row is at fault then."""
+        if isinstance(reply, exceptions.ConnectionError) or describe(reply).split(": ", 1)[-1].startswith(_REFUSES_ALL):
+            self._give_up(reply)
+        answers = (exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.BusyLoadingError)
+        if isinstance(reply, (*answers, exceptions.NoPermissionError, exceptions.AuthenticationError)):
+            self._give_up(reply)
+
+
+class _BatchFailed(Exception):  # noqa: N818 - a signal between two functions, not an error that anybody sees
+    """The pipeline broke although the server answers: one of its messages may be the cause."""

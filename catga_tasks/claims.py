@@ -1,0 +1,239 @@
+"""Who holds which rows while they are being published?
+
+On PostgreSQL the row lock is the lease: claim, publish and remove are one transaction, so a killed relay frees its
+rows at once, and a stalled one finds its connection gone. SQLite has one writer and no row locks: there one
+relay at a time works, by a lease row, in short transactions.
+
+A batch in flight stands in the journal. An entry that is left behind names rows of which one may have killed its
+relay. They become suspects, published one at a time, and a suspect whose relay dies again has used up an attempt.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from catga_tasks import liveness, outbox, retry
+from catga_tasks.errors import LeaseLost
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection, Engine
+
+    from catga_tasks.config import Settings
+    from catga_tasks.envelope import Row
+    from catga_tasks.outbox import Place
+
+KILLED = "The relay's process died while it published this message."
+#: The part of a relay's time that sweeps from the table's beginning may take.
+SWEEP_SHARE = 0.05
+
+
+class Claims:
+    """The rows that one relay has in hand: `take`, then `settle` or `release`. Not for several threads."""
+
+    def __init__(self, engine: Engine, settings: Settings, *, relay: str, queues: Sequence[str] = ()) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._relay = relay
+        self._queues = tuple(queues)
+        self._locks = engine.dialect.name == "postgresql"
+        self._work: Connection | None = None
+        self._side: Connection | None = None
+        self._entry: int | None = None
+        self._place: Place | None = None
+        self._next_sweep = 0.0
+        self._renew_lease = 0.0
+
+    def take(self) -> list[Row]:
+        """Claim the next rows and write them into the journal; an empty list if there are none."""
+        while True:
+            work = self._open()
+            with _released_on_error(self):
+                if not self._locks and not self._leased(work):
+                    return self._nothing(work)
+                rows = self._claim(work)
+                # A suspect is published alone, after the rows that nobody doubts.
+                chosen = [row for row in rows if not row.suspect] or rows[:1]
+                if not chosen:
+                    return self._nothing(work)
+                entry, others = liveness.journal_open(self._side or work, self._relay, [row.id for row in chosen])
+                if self._blame(work, chosen, others):
+                    liveness.journal_close(self._side or work, entry)
+                    work.commit()
+                    continue
+                self._entry = entry
+                self._hold(work)
+                return chosen
+
+    def settle(self, confirmed: Sequence[Row], rejected: Sequence[tuple[Row, str]]) -> int:
+        """Remove what is confirmed, put off what failed, bury what used up its attempts; return how many died.
+
+        Rows that are in neither stay as they were: the broker was out, and no attempt is used up. Raises
+        `LeaseLost` on SQLite if another relay has taken over; on PostgreSQL the connection is gone then.
+        """
+        work = self._open()
+        with _released_on_error(self):
+            if not self._locks and not liveness.hold_lease(work, self._relay):
+                message = "Another relay took over while this one was stalled; its rows are left to that one."
+                raise LeaseLost(message)
+            outbox.remove(work, [row.id for row in confirmed])
+            dead = sum(_fail(work, row, error, self._settings) for row, error in rejected)
+            if self._entry is not None:
+                liveness.journal_close(work, self._entry)
+            work.commit()
+        self._entry = None
+        return dead
+
+    def release(self) -> None:
+        """Let go of whatever is in hand, and of the connections, which may be broken."""
+        self._entry = None
+        self._renew_lease = 0.0
+        for connection in (self._work, self._side):
+            if connection is not None:
+                _discard(connection)
+        self._work = self._side = None
+
+    def housekeep(self, *, hostname: str, pid: int, published: int) -> None:
+        """Write the heartbeat, fold away relays that are long gone, strike journal entries without rows.
+
+        An entry of a living relay always has rows: it goes in the transaction that removes the last of them.
+        """
+        with self._engine.begin() as connection:
+            liveness.heartbeat(
+                connection, self._relay, hostname=hostname, pid=pid, queues=self._queues, published=published
+            )
+            liveness.retire(connection)
+            for entry, ids in liveness.journal(connection):
+                if entry != self._entry and not outbox.count(connection, ids):
+                    liveness.journal_close(connection, entry)
+
+    def forget_journal(self) -> None:
+        """Clear this living relay's entries: what broke was a connection, and no row is to blame."""
+        with self._engine.begin() as connection:
+            liveness.journal_forget(connection, self._relay)
+
+    def farewell(self) -> None:
+        """End in good order: the heartbeat row is folded away and the lease is given back."""
+        self.release()
+        with self._engine.begin() as connection:
+            liveness.retire(connection, self._relay)
+            liveness.release_lease(connection, self._relay)
+
+    def next_due(self) -> float | None:
+        """Return the seconds until the next row is due, or None if there is none."""
+        work = self._open()
+        with _released_on_error(self):
+            due = outbox.next_due(work, queues=self._queues)
+            work.rollback()
+            return due
+
+    def _open(self) -> Connection:
+        if self._work is None:
+            if self._locks:
+                self._work = self._engine.connect().execution_options(isolation_level="READ COMMITTED")
+                self._side = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+                # The journal must outlive this process, not the server's crash, which ends no relay.
+                self._side.execute(text("SET synchronous_commit = off"))
+            else:
+                self._work = self._engine.connect()
+        return self._work
+
+    def _nothing(self, work: Connection) -> list[Row]:
+        work.commit()
+        return []
+
+    def _leased(self, work: Connection) -> bool:
+        if time.monotonic() < self._renew_lease:
+            return True
+        if not liveness.take_lease(work, self._relay, self._settings.outbox_lease_timeout):
+            return False
+        work.commit()
+        self._renew_lease = time.monotonic() + self._settings.outbox_lease_timeout / 3
+        return True
+
+    def _claim(self, work: Connection) -> list[Row]:
+        started = time.monotonic()
+        after = self._place if started < self._next_sweep else None
+        rows, place = outbox.claim(work, self._settings.outbox_batch_size, queues=self._queues, after=after)
+        if after is None:
+            ended = time.monotonic()
+            self._next_sweep = ended + (ended - started) / SWEEP_SHARE
+        self._place = place or self._place
+        return rows
+
+    def _hold(self, work: Connection) -> None:
+        if not self._locks:
+            work.commit()
+            return
+        # The server ends a stalled relay's session: its rows are free, and it can't write late. Set for this
+        # transaction only, for a pooler hands the session to others.
+        milliseconds = int(self._settings.outbox_lease_timeout * 1000)
+        work.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}"))
+
+    def _blame(self, work: Connection, rows: Sequence[Row], others: Sequence[tuple[int, list[int]]]) -> bool:
+        """Mark rows that stand in the journal of a batch that ended without being settled; return if any does.
+
+        Its relay can't be alive: it would hold their locks, or the lease.
+        """
+        left_behind = {entry: ids for entry, ids in others if not {row.id for row in rows}.isdisjoint(ids)}
+        if not left_behind:
+            return False
+        ids = {number for entry in left_behind.values() for number in entry}
+        blamed = [row for row in rows if row.id in ids]
+        outbox.suspect(work, [row.id for row in blamed if not row.suspect])
+        for row in blamed:
+            if row.suspect:
+                _fail(work, row, KILLED, self._settings)
+        liveness.journal_strike(work, list(left_behind), {row.id for row in blamed})
+        return True
+
+
+class _released_on_error:  # noqa: N801 - reads as the statement that it is
+    """Let go of everything when a step fails: a broken connection must not be used again."""
+
+    def __init__(self, claims: Claims) -> None:
+        self._claims = claims
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if error is not None:
+            self._claims.release()
+
+
+def _fail(connection: Connection, row: Row, error: str, settings: Settings) -> bool:
+    """Count the attempt; return True if it was the last and the row is a dead letter now.
+
+    If the move to the dead letters fails, the row stays and is tried again: nothing gets lost on the way.
+    """
+    if row.attempts + 1 >= settings.outbox_max_attempts:
+        try:
+            with connection.begin_nested():
+                outbox.bury(connection, row, error=error)
+        except DBAPIError as problem:
+            error = f"{error} (the move to the dead letters failed: {type(problem.orig).__name__})"
+        else:
+            return True
+    wait = retry.delay(
+        row.attempts + 1,
+        base=settings.outbox_retry_backoff,
+        maximum=settings.outbox_retry_backoff_max,
+        jitter=settings.outbox_retry_jitter,
+    )
+    outbox.reschedule(connection, row, error=error, delay=wait)
+    return False
+
+
+def _discard(connection: Connection) -> None:
+    try:
+        connection.invalidate()
+        connection.close()
+    except DBAPIError:
+        # The connection was broken before: that is why it is thrown away.
+        connection.detach()
