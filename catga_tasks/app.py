@@ -1,0 +1,214 @@
+"""The Celery application: the only place that wires the parts."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery
+from celery.backends.base import Backend
+from celery.result import result_from_tuple
+from celery.utils import cached_property
+from kombu.utils.json import loads
+
+from catga_tasks import bulk
+from catga_tasks.brokers import KombuPublisher, Publisher, RedisPublisher
+from catga_tasks.config import Settings
+from catga_tasks.enqueue import Outbox, Source
+from catga_tasks.errors import ConfigurationError
+from catga_tasks.producer import (
+    OutboxOperationalError,
+    OutboxProducer,
+    OutboxUnavailable,
+    backend_calls,
+    choose_delivery,
+    is_retry,
+)
+from catga_tasks.relay import Relay
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from kombu import Connection
+
+    from catga_tasks.envelope import Envelope
+
+
+class Catga(Celery):
+    """Celery whose tasks commit with your data.
+
+    Takes what `Celery` takes, and `outbox`: a SQLAlchemy URL, an `Engine`, or the application's own
+    `sessionmaker`; the setting `outbox_url` is its alternative.
+
+        app = Catga("shop", broker="redis://127.0.0.1:6379/0", outbox="postgresql+psycopg://localhost/shop")
+    """
+
+    amqp_cls = "catga_tasks.producer:OutboxAMQP"
+    task_cls = "catga_tasks.task:CatgaTask"
+
+    def __init__(self, *args: Any, outbox: Source | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._outbox_source = outbox
+        # Late acknowledgement and its requeue are what "at least once" means on the worker's side.
+        self.add_defaults({"task_acks_late": True, "task_reject_on_worker_lost": True})
+        self.user_options["worker"].add(_relay_option())
+        self.steps["worker"].add("catga_tasks.embedded:RelayStep")
+
+    @cached_property
+    def catga_settings(self) -> Settings:
+        """Our settings, validated; raises `ConfigurationError`."""
+        return Settings.read(self.conf)
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        """The outbox: `join` and `track` transactions."""
+        source = self._outbox_source or self.catga_settings.outbox_url
+        if source is None:
+            message = "No outbox: pass Catga(outbox='postgresql+psycopg://...') or set outbox_url."
+            raise ConfigurationError(message)
+        return Outbox(source, require_transaction=self.catga_settings.outbox_require_transaction)
+
+    @cached_property
+    def outbox_producer(self) -> OutboxProducer:
+        """The producer that every task is sent by."""
+        return OutboxProducer(lambda: self._idle_connection)
+
+    @cached_property
+    def _idle_connection(self) -> Connection:
+        return self.connection_for_write()
+
+    @contextmanager
+    def producer_or_acquire(self, producer: Any = None) -> Iterator[Any]:
+        """Yield the given producer or the outbox's: no connection to the broker is taken for a task call."""
+        yield producer or self.outbox_producer
+
+    default_producer = producer_or_acquire
+
+    def enqueue(self, envelopes: Sequence[Envelope]) -> None:
+        """Put built messages into the outbox."""
+        try:
+            self.outbox.add(envelopes, independent=is_retry(envelopes[0].task_id))
+        except OutboxUnavailable as error:
+            raise OutboxOperationalError(*error.args) from error
+
+    def bypasses_outbox(self, name: str, producer: Any) -> bool:
+        """Return whether a message goes straight to the broker: at most once, or the caller names another broker."""
+        task = self._tasks.get(name) if isinstance(self._tasks, dict) else None
+        delivery = choose_delivery(getattr(task, "delivery", None), self.catga_settings.task_delivery, name)
+        if delivery == "at_most_once":
+            return True
+        if producer is None or producer is self.outbox_producer:
+            return False
+        connection = getattr(producer, "connection", None)
+        return connection is not None and connection.as_uri() != self._idle_connection.as_uri()
+
+    def send_many(self, task: Any, arguments: Iterable[tuple[Any, ...]], options: dict[str, Any]) -> list[Any]:
+        """Enqueue a message for each tuple of arguments; see `CatgaTask.delay_many`."""
+        return bulk.send(self, task, arguments, options)
+
+    def relay(self, *, queues: Sequence[str] = (), batch_size: int | None = None) -> Relay:
+        """Return a relay for this application's outbox and broker."""
+        settings = self.catga_settings
+        if batch_size is not None:
+            settings = Settings(**{**_values(settings), "outbox_batch_size": batch_size})
+        return Relay(self.outbox.engine, self.publisher(), settings, queues=queues, published=self._announce)
+
+    def publisher(self) -> Publisher:
+        """Return the publisher for this application's broker."""
+        connection = self._publishing_connection()
+        kind = RedisPublisher if connection.transport.driver_type == "redis" else KombuPublisher
+        return kind(self._publishing_connection, self.amqp.entities, self._call_backend)
+
+    def _publishing_connection(self) -> Connection:
+        timeout = self.catga_settings.outbox_publish_timeout
+        connection = self.connection_for_write(connect_timeout=timeout)
+        limits: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+        if connection.transport_cls in ("amqp", "pyamqp", "amqps"):
+            limits = {"confirm_publish": True, "read_timeout": timeout, "write_timeout": timeout}
+        connection.transport_options = {**connection.transport_options, **limits}
+        return connection
+
+    def _announce(self, envelopes: list[Envelope]) -> None:
+        """Send Celery's task-sent events of messages that the broker confirmed."""
+        wanted = [envelope for envelope in envelopes if envelope.send_event]
+        if not wanted:
+            return
+        with self.events.default_dispatcher() as dispatcher:
+            for envelope in wanted:
+                headers = loads(envelope.headers)
+                fields = {name: headers.get(name) for name in ("root_id", "parent_id", "retries", "eta", "expires")}
+                dispatcher.send(
+                    "task-sent",
+                    uuid=envelope.task_id,
+                    name=envelope.task,
+                    args=headers.get("argsrepr"),
+                    kwargs=headers.get("kwargsrepr"),
+                    queue=envelope.queue,
+                    exchange=envelope.exchange,
+                    routing_key=envelope.routing_key,
+                    **fields,
+                )
+
+    def _get_backend(self) -> Backend:
+        backend = super()._get_backend()
+        _defer(backend)
+        return backend
+
+    def _call_backend(self, calls: str) -> None:
+        """Make the calls to the result backend that a message carries, before it is published."""
+        for method, *arguments in json.loads(calls):
+            original = getattr(self.backend, f"catga_{method}")
+            if method == "apply_chord":
+                group = result_from_tuple(arguments[0], app=self)
+                original((group.id, group.results), None)
+            else:
+                original(*arguments)
+
+
+def _defer(backend: Any) -> None:
+    """Keep a task call from writing to the result backend: it may be out, and the transaction may roll back.
+
+    A chord's size and its saved group ride with the messages instead, and the relay writes them. Nothing is lost
+    by leaving out `on_task_call`: it subscribes to the result early, and `AsyncResult.get` subscribes by itself.
+    """
+    backend.catga_set_chord_size = backend.set_chord_size
+    backend.catga_apply_chord = backend.apply_chord
+    native = getattr(backend.apply_chord, "__func__", None) is not Backend.apply_chord
+
+    def set_chord_size(group_id: str, size: int) -> None:
+        if type(backend).set_chord_size is not Backend.set_chord_size:
+            backend_calls.set((*backend_calls.get(), ["set_chord_size", group_id, size]))
+
+    def apply_chord(header: Any, body: Any, **options: Any) -> None:
+        if not native:
+            # The fallback sends a task, celery.chord_unlock: through the outbox like every other.
+            backend.catga_apply_chord(header, body, **options)
+            return
+        backend.ensure_chords_allowed()
+        group = backend.app.GroupResult(header[0], list(header[1]))
+        backend_calls.set((*backend_calls.get(), ["apply_chord", group.as_tuple()]))
+
+    backend.set_chord_size = set_chord_size
+    backend.apply_chord = apply_chord
+    backend.on_task_call = lambda _producer, _task_id: {}
+
+
+def _relay_option() -> Any:
+    import click
+    from celery.bin.base import CeleryOption
+
+    return CeleryOption(
+        ["--outbox-relay"],
+        is_flag=True,
+        default=False,
+        help="Run a relay of the outbox inside this worker.",
+        help_group="Worker Options",
+        type=click.BOOL,
+    )
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    from dataclasses import fields
+
+    return {field.name: getattr(settings, field.name) for field in fields(settings)}

@@ -1,0 +1,195 @@
+"""Where Celery's sender meets the outbox.
+
+Every message of Celery passes `AMQP.send_task_message`, which ends in a producer's `publish`. The producer here
+lets kombu prepare the message as always and keeps it as an envelope instead of sending it.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from celery import current_task
+from celery.app.amqp import AMQP, task_message
+from celery.exceptions import OperationalError as _CeleryOperationalError
+from celery.utils.time import maybe_iso8601
+from kombu import Connection, Exchange, Producer
+from kombu.exceptions import OperationalError
+from kombu.utils.json import dumps
+
+from catga_tasks.brokers import generic
+from catga_tasks.config import check_delivery
+from catga_tasks.envelope import Envelope
+from catga_tasks.errors import OutboxUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from catga_tasks.app import Catga
+
+del _CeleryOperationalError
+
+#: Calls to the result backend that ride with the next message: a chord's size must be known before its last part runs.
+backend_calls: ContextVar[tuple[list[Any], ...]] = ContextVar("catga_backend_calls", default=())
+
+
+class OutboxOperationalError(OutboxUnavailable, OperationalError):
+    """The outbox's database is out, for callers that know Celery's `OperationalError`."""
+
+
+class OutboxProducer(Producer):
+    """A producer that returns each message as kombu prepared it, and sends nothing."""
+
+    def __init__(self, connection: Callable[[], Connection]) -> None:
+        super().__init__(None, auto_declare=False)
+        self._lazy = connection
+
+    @property
+    def connection(self) -> Connection:
+        """The broker's connection, never opened: Celery asks it which errors may be recovered from."""
+        return self._lazy()
+
+    def revive(self, channel: object) -> None:
+        """There is nothing to revive."""
+
+    def _publish(self, body: Any, priority: Any, content_type: str, content_encoding: str, headers: Any, properties: Any,
+                 routing_key: str, mandatory: Any, immediate: Any, exchange: str, declare: Any, *rest: Any) -> dict[str, Any]:  # fmt: skip  # noqa: E501
+        return {
+            "body": body.encode(content_encoding) if isinstance(body, str) else bytes(body),
+            "priority": priority or None,
+            "content_type": content_type,
+            "content_encoding": content_encoding,
+            "headers": headers,
+            "properties": properties,
+            "routing_key": routing_key,
+            "exchange": exchange,
+            "declare": declare,
+        }
+
+
+class _Recording:
+    """The producer of one message: hands what `OutboxProducer` prepared to `keep`."""
+
+    def __init__(self, producer: OutboxProducer, keep: Callable[[dict[str, Any]], None]) -> None:
+        self._producer = producer
+        self._keep = keep
+
+    @property
+    def connection(self) -> Connection:
+        return self._producer.connection
+
+    @property
+    def serializer(self) -> Any:
+        return self._producer.serializer
+
+    def revive(self, channel: object) -> None:
+        """There is nothing to revive."""
+
+    def publish(self, body: Any, exchange: Any = None, **options: Any) -> None:
+        name = exchange.name if isinstance(exchange, Exchange) else exchange
+        if name == "celeryev":
+            # The task-sent event: the relay sends it when the message is really published.
+            return
+        options["retry"] = False
+        self._keep(self._producer.publish(body, exchange=exchange, **options))
+
+
+class _Scheduled(task_message):
+    """A message with its countdown beside the ETA that Celery computed by this machine's clock."""
+
+    countdown: float | None = None
+
+
+class OutboxAMQP(AMQP):
+    """Celery's AMQP with the outbox at the end of its sender."""
+
+    app: Catga
+
+    def as_task_v2(self, task_id: str, name: str, args: Any = None, kwargs: Any = None, countdown: Any = None,
+                   *rest: Any, **options: Any) -> Any:  # fmt: skip
+        """Build the message as Celery does, and keep the countdown: the database's clock will count it."""
+        message = super().as_task_v2(task_id, name, args, kwargs, countdown, *rest, **options)
+        if not countdown:
+            return message
+        scheduled = _Scheduled(*message)
+        scheduled.countdown = countdown
+        return scheduled
+
+    def _create_task_sender(self) -> Callable[..., Any]:
+        send = super()._create_task_sender()
+        app = self.app
+        producer = app.outbox_producer
+
+        def send_task_message(given: Any, name: str, message: Any, **options: Any) -> Any:
+            if app.bypasses_outbox(name, given):
+                if given is producer:
+                    with app.producer_pool.acquire(block=True) as plain:
+                        return send(plain, name, message, **options)
+                return send(given, name, message, **options)
+
+            def keep(prepared: dict[str, Any]) -> None:
+                app.enqueue([self.envelope(prepared, message, queue_name(options.get("queue")))])
+
+            return send(_Recording(producer, keep), name, message, **options)
+
+        return send_task_message
+
+    def envelope(self, prepared: dict[str, Any], message: Any, queue: str | None) -> Envelope:
+        """Turn a prepared message into an envelope."""
+        headers, properties = prepared["headers"], dict(prepared["properties"])
+        expiration = properties.pop("expiration", None)
+        queue = queue or prepared["routing_key"]
+        countdown = getattr(message, "countdown", None)
+        eta = None if countdown else _eta(headers.get("eta"))
+        calls = backend_calls.get()
+        if calls:
+            backend_calls.set(())
+        task_id = headers.get("id") or properties["correlation_id"]
+        return Envelope(
+            task_id=task_id,
+            task=headers.get("task") or message.body["task"],
+            queue=queue,
+            exchange=prepared["exchange"],
+            routing_key=prepared["routing_key"] or "",
+            priority=prepared["priority"],
+            content_type=prepared["content_type"],
+            content_encoding=prepared["content_encoding"],
+            headers=dumps(headers),
+            properties=dumps(properties),
+            body=prepared["body"],
+            declarations=self._declarations(queue, prepared["declare"]),
+            backend_calls=dumps(calls) if calls else None,
+            send_event=message.sent_event is not None,
+            expiration=None if expiration is None else int(expiration) / 1000,
+            delay=max(0.0, float(countdown or 0)),
+            eta=eta,
+        )
+
+    def entities(self, queue: str) -> list[Any]:
+        """Return what to declare for a queue of the application's own."""
+        found = self.queues.get(queue)
+        return [found] if found is not None else []
+
+    def _declarations(self, queue: str, declare: Any) -> str | None:
+        if not declare or (len(declare) == 1 and declare[0] is self.queues.get(queue)):
+            return None
+        return generic.dump(declare)
+
+
+def queue_name(queue: Any) -> str | None:
+    """Return the name of a queue given by name or as an object."""
+    return queue if queue is None or isinstance(queue, str) else str(queue.name)
+
+
+def is_retry(task_id: str) -> bool:
+    """Return whether the message is the running task's own retry: it must survive the task's rollback."""
+    return bool(current_task) and current_task.request.id == task_id and not current_task.request.called_directly
+
+
+def choose_delivery(own: object, default: str, name: str) -> str:
+    """Return a task's delivery: its own, else the application's."""
+    return default if own is None else check_delivery(f"delivery of task {name}", own)
+
+
+def _eta(value: Any) -> Any:
+    return maybe_iso8601(value) if value else None

@@ -1,0 +1,193 @@
+"""The loop that brings committed messages to the broker: claim, publish, remove."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from catga_tasks import retry
+from catga_tasks.claims import Claims
+from catga_tasks.errors import LeaseLost
+from catga_tasks.wakeup import Listener
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy import Engine
+
+    from catga_tasks.brokers import Publisher
+    from catga_tasks.config import Settings
+    from catga_tasks.envelope import Envelope
+
+logger = logging.getLogger("catga_tasks.relay")
+
+#: The shortest pause between two looks at an empty table, in seconds; it doubles up to outbox_poll_interval_max.
+POLL_SECONDS = 0.005
+HEARTBEAT_SECONDS = 5.0
+REPORT_SECONDS = 60.0
+#: Pauses while the broker or the database is out, in seconds: from the first to the cap.
+OUTAGE_SECONDS = (0.1, 15.0)
+
+
+class Relay:
+    """One relay. Any number may run side by side; `run` returns after `stop`.
+
+    `published` is called with the envelopes of each batch that the broker confirmed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        publisher: Publisher,
+        settings: Settings,
+        *,
+        queues: Sequence[str] = (),
+        published: Callable[[list[Envelope]], None] | None = None,
+    ) -> None:
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.published = 0
+        self._publisher = publisher
+        self._settings = settings
+        self._on_published = published
+        self._claims = Claims(engine, settings, relay=self.id, queues=queues)
+        self._listener = Listener(engine)
+        self._stopping = threading.Event()
+        self._pause = POLL_SECONDS
+        self._failures = 0
+        self._heartbeat_due = 0.0
+        self._report_due = time.monotonic() + REPORT_SECONDS
+        self._reported = 0
+
+    def run(self) -> None:
+        """Work until `stop`. Outages of the broker or the database are waited out."""
+        logger.info("Relay %s is ready.", self.id)
+        try:
+            while not self._stopping.is_set():
+                self._round()
+        finally:
+            self._end()
+
+    def run_once(self) -> int:
+        """Publish what is due now and return how many messages the broker confirmed.
+
+        Raises SQLAlchemy's errors; an outage of the broker ends it early, with the rows left for later.
+        """
+        try:
+            self._housekeep()
+            while (taken := self._step()) and not self._stopping.is_set() and not self._failures:
+                logger.debug("Relay %s took %d rows.", self.id, taken)
+        finally:
+            self._end()
+        return self.published
+
+    def stop(self) -> None:
+        """Finish the batch in hand and return from `run`. Safe in a signal handler."""
+        self._stopping.set()
+        self._listener.interrupt()
+
+    def _round(self) -> None:
+        try:
+            self._housekeep()
+            taken = self._step()
+            if self._failures:
+                self._wait_out()
+            elif not taken:
+                self._rest()
+        except LeaseLost as error:
+            logger.warning("Relay %s: %s", self.id, error)
+        except SQLAlchemyError as error:
+            self._database_failed(error)
+
+    def _step(self) -> int:
+        """Take a batch, publish it, settle it; return how many rows were taken."""
+        rows = self._claims.take()
+        if not rows:
+            self._recovered()
+            return 0
+        started = time.monotonic()
+        try:
+            receipt = self._publisher.publish(rows)
+        except BaseException:
+            self._claims.release()
+            self._claims.forget_journal()
+            raise
+        dead = self._claims.settle(receipt.confirmed, receipt.rejected)
+        self.published += len(receipt.confirmed)
+        self._pause = POLL_SECONDS
+        logger.debug(
+            "Relay %s: %d published, %d failed (%d of them dead) of %d in %.1f ms.",
+            self.id,
+            len(receipt.confirmed),
+            len(receipt.rejected),
+            dead,
+            len(rows),
+            1000 * (time.monotonic() - started),
+        )
+        for row, error in receipt.rejected:
+            logger.warning("Message %d (task %s, id %s) failed: %s", row.id, row.envelope.task, row.envelope.task_id, error)
+        if receipt.outage is not None:
+            self._failures += 1
+            logger.warning("Relay %s: the broker is out, %s. No attempts are used up.", self.id, receipt.outage)
+        else:
+            self._recovered()
+        if self._on_published and receipt.confirmed:
+            self._on_published([row.envelope for row in receipt.confirmed])
+        return len(rows)
+
+    def _recovered(self) -> None:
+        self._failures = 0
+
+    def _rest(self) -> None:
+        """Wait for a commit, the next ETA or the end of the pause, which grows while nothing happens."""
+        due = self._claims.next_due()
+        seconds = min(self._pause, self._until_heartbeat(), *(() if due is None or due == 0 else (due,)))
+        woken = self._listener.wait(seconds)
+        self._pause = POLL_SECONDS if woken else min(self._settings.outbox_poll_interval_max, self._pause * 2)
+
+    def _wait_out(self) -> None:
+        first, longest = OUTAGE_SECONDS
+        deadline = time.monotonic() + retry.delay(self._failures, base=first, maximum=longest)
+        while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
+            # Commits don't shorten this wait: they would turn into attempts at a broker that is down.
+            self._stopping.wait(min(left, 0.1))
+
+    def _database_failed(self, error: SQLAlchemyError) -> None:
+        self._claims.release()
+        self._listener.disconnect()
+        self._failures += 1
+        reason = type(getattr(error, "orig", None) or error).__name__
+        logger.warning("Relay %s: the database is out (%s); its rows are released.", self.id, reason)
+        self._wait_out()
+        try:
+            self._claims.forget_journal()
+        except SQLAlchemyError:
+            logger.debug("Relay %s: still no database.", self.id)
+
+    def _housekeep(self) -> None:
+        now = time.monotonic()
+        if now >= self._heartbeat_due:
+            self._claims.housekeep(hostname=socket.gethostname(), pid=os.getpid(), published=self.published)
+            self._heartbeat_due = now + HEARTBEAT_SECONDS
+        if now >= self._report_due:
+            logger.info("Relay %s: %d published in the last minute.", self.id, self.published - self._reported)
+            self._report_due, self._reported = now + REPORT_SECONDS, self.published
+
+    def _until_heartbeat(self) -> float:
+        return max(0.0, self._heartbeat_due - time.monotonic())
+
+    def _end(self) -> None:
+        self._publisher.close()
+        try:
+            self._claims.housekeep(hostname=socket.gethostname(), pid=os.getpid(), published=self.published)
+            self._claims.farewell()
+        except SQLAlchemyError:
+            logger.warning("Relay %s ends without a farewell: the database is out.", self.id)
+        self._listener.close()
+        logger.info("Relay %s ends: %d published.", self.id, self.published)
