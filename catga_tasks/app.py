@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from kombu import Connection
 
     from catga_tasks.envelope import Envelope
+
+_collector: ContextVar[list[Envelope] | None] = ContextVar("catga_collector", default=None)
 
 
 class Catga(Celery):
@@ -87,10 +91,23 @@ class Catga(Celery):
 
     def enqueue(self, envelopes: Sequence[Envelope]) -> None:
         """Put built messages into the outbox."""
+        collector = _collector.get()
+        if collector is not None:
+            collector.extend(envelopes)
+            return
         try:
             self.outbox.add(envelopes, independent=is_retry(envelopes[0].task_id))
         except OutboxUnavailable as error:
             raise OutboxOperationalError(*error.args) from error
+
+    @contextmanager
+    def collecting(self, envelopes: list[Envelope]) -> Iterator[None]:
+        """Collect the messages that this block enqueues in the list, instead of storing them."""
+        token = _collector.set(envelopes)
+        try:
+            yield
+        finally:
+            _collector.reset(token)
 
     def bypasses_outbox(self, name: str, producer: Any) -> bool:
         """Return whether a message goes straight to the broker: at most once, or the caller names another broker."""
@@ -111,7 +128,7 @@ class Catga(Celery):
         """Return a relay for this application's outbox and broker."""
         settings = self.catga_settings
         if batch_size is not None:
-            settings = Settings(**{**_values(settings), "outbox_batch_size": batch_size})
+            settings = replace(settings, outbox_batch_size=batch_size)
         return Relay(self.outbox.engine, self.publisher(), settings, queues=queues, published=self._announce)
 
     def publisher(self) -> Publisher:
@@ -207,8 +224,3 @@ def _relay_option() -> Any:
         type=click.BOOL,
     )
 
-
-def _values(settings: Settings) -> dict[str, Any]:
-    from dataclasses import fields
-
-    return {field.name: getattr(settings, field.name) for field in fields(settings)}

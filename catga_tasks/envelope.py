@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from catga_tasks.errors import MessageRejected
@@ -68,8 +68,8 @@ class Row:
     scheduled: bool = False
 
 
-def outgoing(row: Row) -> tuple[dict[str, Any], dict[str, Any], Envelope]:
-    """Return headers, properties and the envelope as they go to the broker; raise `MessageRejected` for garbage.
+def outgoing(row: Row) -> Envelope:
+    """Return the envelope as it goes to the broker; raise `MessageRejected` for garbage.
 
     Two things have changed since the row was written. Its time to live has run on. And its ETA has come by the
     database's clock, so it is taken out of the headers: a worker whose clock is slow would hold the message
@@ -85,7 +85,7 @@ def outgoing(row: Row) -> tuple[dict[str, Any], dict[str, Any], Envelope]:
     if envelope.expiration is not None:
         properties["expiration"] = str(max(0, int((envelope.expiration - row.age) * 1000)))
         changes["properties"] = json.dumps(properties)
-    return headers, properties, _replace(envelope, changes) if changes else envelope
+    return replace(envelope, **changes) if changes else envelope
 
 
 def virtual_message(envelope: Envelope) -> str:
@@ -116,7 +116,3 @@ def _decode(what: str, text: str) -> dict[str, Any]:
         raise MessageRejected(message)
     return value
 
-
-def _replace(envelope: Envelope, changes: dict[str, Any]) -> Envelope:
-    values = {field.name: getattr(envelope, field.name) for field in fields(Envelope)}
-    return Envelope(**{**values, **changes})

@@ -18,20 +18,23 @@ if TYPE_CHECKING:
 
     from kombu import Connection, Producer
 
-#: Finds the application's own declaration of a queue by its name.
-Declarations = "Callable[[str], list[Any]]"
-
 
 class KombuPublisher:
     """Publishes stored bytes through kombu.
 
     `connect` makes a fresh connection to the broker with its time-outs set; `entities` returns what to declare
-    for a row's queue.
+    for a row's queue; `call_backend` makes the calls to the result backend that a row carries.
     """
 
-    def __init__(self, connect: Callable[[], Connection], entities: Callable[[str], list[Any]]) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        entities: Callable[[str], list[Any]],
+        call_backend: Callable[[str], None],
+    ) -> None:
         self._connect = connect
         self._entities = entities
+        self._call_backend = call_backend
         self._connection: Connection | None = None
         self._producer: Producer | None = None
         self._declared: set[tuple[str, str | None]] = set()
@@ -56,14 +59,9 @@ class KombuPublisher:
 
         Whether the row is at fault shows in a second question: a broker that answers that isn't down.
         """
-        headers, properties, envelope = outgoing(row)
-        try:
-            producer = self.producer()
-            self.declare(row)
-        except Exception as error:
-            self._give_up(error)
-        restored = loads(envelope.headers), loads(envelope.properties)
-        del headers, properties
+        envelope = outgoing(row)
+        self.prepare(row)
+        producer = self.producer()
         try:
             producer.publish(
                 envelope.body,
@@ -72,8 +70,8 @@ class KombuPublisher:
                 priority=envelope.priority or 0,
                 content_type=envelope.content_type,
                 content_encoding=envelope.content_encoding,
-                headers=restored[0],
-                **_publish_options(restored[1]),
+                headers=loads(envelope.headers),
+                **_publish_options(loads(envelope.properties)),
             )
         except Exception as error:
             self.close()
@@ -90,8 +88,19 @@ class KombuPublisher:
             self._declared.clear()
         return self._producer
 
-    def declare(self, row: Row) -> None:
-        """Declare what the row's queue needs, once a connection."""
+    def prepare(self, row: Row) -> None:
+        """Do what must be done before the publish; raise as `send` does."""
+        try:
+            self.producer()
+            self._declare(row)
+            if row.envelope.backend_calls is not None:
+                self._call_backend(row.envelope.backend_calls)
+        except MessageRejected:
+            raise
+        except Exception as error:
+            self._give_up(error)
+
+    def _declare(self, row: Row) -> None:
         envelope = row.envelope
         key = (envelope.queue, envelope.declarations)
         if key in self._declared:
@@ -112,7 +121,7 @@ class KombuPublisher:
         """Close the connection, also when it is broken."""
         connection, self._connection, self._producer = self._connection, None, None
         if connection is not None:
-            connection.collapse() if hasattr(connection, "collapse") else connection.close()
+            connection.release()
 
     def _give_up(self, error: Exception) -> None:
         self.close()

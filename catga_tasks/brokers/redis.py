@@ -70,30 +70,19 @@ class RedisPublisher(KombuPublisher):
 
     def _pushes(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, str, str]]:
         pushes = []
-        try:
-            channel = self.producer().channel
-        except Exception as error:
-            self._give_up(error)
         for row in rows:
             if row.envelope.exchange:
                 continue
             try:
-                _, _, envelope = outgoing(row)
-                self._declared_or_raise(row)
+                envelope = outgoing(row)
+                self.prepare(row)
             except MessageRejected as error:
                 receipt.rejected.append((row, str(error)))
                 continue
+            channel = self.producer().channel
             priority = min(max(envelope.priority or 0, channel.min_priority), channel.max_priority)
             pushes.append((row, channel._q_for_pri(envelope.routing_key, priority), virtual_message(envelope)))
         return pushes
-
-    def _declared_or_raise(self, row: Row) -> None:
-        try:
-            self.declare(row)
-        except MessageRejected:
-            raise
-        except Exception as error:
-            self._give_up(error)
 
     def _execute(self, pushes: list[tuple[Row, str, str]], receipt: Receipt) -> None:
         """Push everything in one round trip; the reply to each push is its confirmation."""

@@ -1,0 +1,131 @@
+"""How are thousands of calls of one task enqueued at once?
+
+Celery builds one message; what differs from call to call is its id, its arguments and their representation. They are
+cut out of the built message once and filled in for each call. Where that could differ from what Celery would do
+(signal receivers, another serializer, compression) every message is built by Celery.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from celery import signals
+from celery.utils import uuid
+from celery.utils.saferepr import saferepr
+from kombu.utils.json import dumps
+
+from catga_tasks.envelope import Envelope
+from catga_tasks.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from celery.result import AsyncResult
+
+    from catga_tasks.app import Catga
+
+_ID = "catga-bulk-id"
+_ARGUMENTS = "catga-bulk-arguments"
+#: Celery cuts the representation of longer arguments short, mark and all.
+_MOST_ARGUMENTS = 16
+_SIMPLE = frozenset((int, float, bool, type(None)))
+
+
+def send(app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: dict[str, Any]) -> list[AsyncResult]:
+    """Enqueue one message a tuple, in one insert."""
+    calls = [_checked(args) for args in arguments]
+    if not calls:
+        return []
+    if app.conf.task_always_eager or app.bypasses_outbox(task.name, None):
+        return [task.apply_async(args, **options) for args in calls]
+    envelopes: list[Envelope] = []
+    if _uniform(app, options) and 0 < len(calls[0]) <= _MOST_ARGUMENTS:
+        build = _template(app, task, options, len(calls[0]))
+        check = task.__header__ if app.strict_typing and task.typing else None
+        for args in calls:
+            if check is not None:
+                check(*args)
+            envelopes.append(build(uuid(), args))
+    else:
+        with app.collecting(envelopes):
+            for args in calls:
+                task.apply_async(args, **options)
+    app.enqueue(envelopes)
+    results = [task.AsyncResult(envelope.task_id) for envelope in envelopes]
+    parent = app.current_worker_task
+    if parent:
+        for result in results:
+            parent.add_trail(result)
+    return results
+
+
+def _checked(args: Any) -> tuple[Any, ...] | list[Any]:
+    if not isinstance(args, (tuple, list)):
+        message = f"delay_many takes tuples of positional arguments, such as [(1,), (2,)], not {args!r:.80}."
+        raise ConfigurationError(message)
+    return args
+
+
+def _uniform(app: Catga, options: dict[str, Any]) -> bool:
+    listened = any(
+        signal.receivers for signal in (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
+    )
+    serializer = options.get("serializer") or app.conf.task_serializer
+    compression = options.get("compression") or app.conf.task_compression
+    simple = serializer == "json" and not compression and app.conf.task_protocol == 2  # noqa: PLR2004 - Celery's number
+    return simple and not listened and not {"task_id", "stamped_headers", "kwargs", "args"} & options.keys()
+
+
+def _template(app: Catga, task: Any, options: dict[str, Any], count: int) -> Callable[[str, Any], Envelope]:
+    marks = (_ARGUMENTS,) * count
+    collected: list[Envelope] = []
+    with app.collecting(collected):
+        task.apply_async(marks, task_id=_ID, add_to_parent=False, **options)
+    first = collected[0]
+    headers = _pieces(first.headers, (_ID, saferepr(marks)))
+    properties = _pieces(first.properties, (_ID,))
+    body_before, body_after = first.body.decode().split(dumps(marks), 1)
+    constants = {
+        field.name: getattr(first, field.name)
+        for field in fields(Envelope)
+        if field.name not in ("task_id", "headers", "properties", "body")
+    }
+
+    def build(task_id: str, args: Any) -> Envelope:
+        shown = json.dumps(_shown(app, args))[1:-1]
+        return Envelope(
+            task_id=task_id,
+            headers=_filled(headers, (task_id, shown)),
+            properties=_filled(properties, (task_id,)),
+            body=f"{body_before}{dumps(args)}{body_after}".encode(),
+            **constants,
+        )
+
+    return build
+
+
+def _shown(app: Catga, args: Any) -> str:
+    """Return Celery's representation of the arguments; of plain numbers it is Python's own."""
+    if type(args) is tuple and len(args) < 8 and all(type(arg) in _SIMPLE for arg in args):  # noqa: PLR2004 - short
+        return repr(args)
+    return str(saferepr(args, app.amqp.argsrepr_maxsize, maxlevels=app.conf.task_repr_maxlevels))
+
+
+def _pieces(text: str, marks: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Cut the text at its marks: each piece with the number of the mark that follows it, the last with -1."""
+    pieces = [(text, -1)]
+    for number, mark in enumerate(marks):
+        mark = json.dumps(mark)[1:-1]
+        cut: list[tuple[str, int]] = []
+        for piece, following in pieces:
+            *before, last = piece.split(mark)
+            cut += [(part, number) for part in before]
+            cut.append((last, following))
+        pieces = cut
+    return pieces
+
+
+def _filled(pieces: list[tuple[str, int]], values: tuple[str, ...]) -> str:
+    return "".join(piece + values[mark] if mark >= 0 else piece for piece, mark in pieces)

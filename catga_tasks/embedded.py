@@ -1,0 +1,39 @@
+"""The relay inside a worker: `celery -A app worker --outbox-relay`."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from celery import bootsteps
+
+if TYPE_CHECKING:
+    from catga_tasks.relay import Relay
+
+
+class RelayStep(bootsteps.StartStopStep):
+    """Runs a relay in a thread of the worker's main process, from its start to its shutdown.
+
+    After the pool, so that the pool's first children are forked before there is a thread.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, outbox_relay: bool = False, **options: Any) -> None:  # noqa: FBT001, FBT002 - Celery's call
+        self.enabled = bool(outbox_relay)
+        self._relay: Relay | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, worker: Any) -> None:
+        """Start the thread."""
+        self._relay = worker.app.relay()
+        self._thread = threading.Thread(target=self._relay.run, name="catga-outbox-relay", daemon=True)
+        self._thread.start()
+
+    def stop(self, worker: Any) -> None:
+        """Let the batch in hand end, bounded by the time that a publish may take."""
+        if self._relay is not None and self._thread is not None:
+            self._relay.stop()
+            self._thread.join(worker.app.catga_settings.outbox_publish_timeout)
+
+    terminate = stop
