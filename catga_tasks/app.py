@@ -120,7 +120,7 @@ class Catga(Celery):
         connection = getattr(producer, "connection", None)
         return connection is not None and connection.as_uri() != self._idle_connection.as_uri()
 
-    def send_many(self, task: Any, arguments: Iterable[tuple[Any, ...]], options: dict[str, Any]) -> list[Any]:
+    def send_many(self, task: Any, arguments: Iterable[tuple[Any, ...]], options: dict[str, Any]) -> Sequence[Any]:
         """Enqueue a message for each tuple of arguments; see `CatgaTask.delay_many`."""
         return bulk.send(self, task, arguments, options)
 

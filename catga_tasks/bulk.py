@@ -8,10 +8,12 @@ cut out of the built message once and filled in for each call. Where that could 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from celery import signals
+from celery.result import AsyncResult
 from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from kombu.utils.json import dumps
@@ -22,8 +24,6 @@ from catga_tasks.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from celery.result import AsyncResult
-
     from catga_tasks.app import Catga
 
 _ID = "catga-bulk-id"
@@ -33,7 +33,32 @@ _MOST_ARGUMENTS = 16
 _SIMPLE = frozenset((int, float, bool, type(None)))
 
 
-def send(app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: dict[str, Any]) -> list[AsyncResult]:
+class Results(Sequence[AsyncResult]):
+    """The results of `delay_many`, in the order of its arguments; each is made when it is asked for."""
+
+    def __init__(self, task: Any, ids: list[str]) -> None:
+        self.ids = ids
+        self._task = task
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> AsyncResult: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Results: ...
+
+    def __getitem__(self, index: int | slice) -> AsyncResult | Results:
+        """Return one result, or the results of a slice."""
+        if isinstance(index, slice):
+            return Results(self._task, self.ids[index])
+        return self._task.AsyncResult(self.ids[index])
+
+
+def send(
+    app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: dict[str, Any]
+) -> Sequence[AsyncResult]:
     """Enqueue one message a tuple, in one insert."""
     calls = [_checked(args) for args in arguments]
     if not calls:
@@ -53,7 +78,7 @@ def send(app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: d
             for args in calls:
                 task.apply_async(args, **options)
     app.enqueue(envelopes)
-    results = [task.AsyncResult(envelope.task_id) for envelope in envelopes]
+    results = Results(task, [envelope.task_id for envelope in envelopes])
     parent = app.current_worker_task
     if parent:
         for result in results:

@@ -6,13 +6,14 @@ PostgreSQL and SQLite. Times that decide anything are computed by the database.
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import text
 
 from catga_tasks.envelope import STORED, Envelope, Row
-from catga_tasks.tables import MESSAGE_COLUMNS, SQLITE_NOW, UTCDateTime, dialect, later, now, seconds_since
+from catga_tasks.tables import MESSAGE_COLUMNS, UTCDateTime, dialect, later, now, seconds_since
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,31 +25,32 @@ CHANNEL = "catga_outbox"
 #: A claim's place in the table: the last row's moment (ISO text) and id.
 Place = tuple[str, int]
 
-_ARRAYS = {"priority": "int", "body": "bytea", "send_event": "bool", "expiration": "float8"}
-_INSERTED = (*STORED, "delay", "eta")
 _NAMES = ", ".join(STORED)
-_TAIL = "created_at, attempts, available_at, scheduled, suspect"
-_PG_VALUES = (
-    "clock_timestamp(), 0, coalesce(eta, clock_timestamp() + make_interval(secs => delay)), "
-    "eta IS NOT NULL OR delay > 0, false"
-)
-_PG_ARRAYS = ", ".join(f"CAST(:{name} AS {_ARRAYS.get(name, 'text')}[])" for name in STORED)
-_ADD_PG = text(
-    f"INSERT INTO catga_outbox ({_NAMES}, {_TAIL}) SELECT {_NAMES}, {_PG_VALUES} "
-    f"FROM unnest({_PG_ARRAYS}, CAST(:delay AS float8[]), CAST(:eta AS timestamptz[])) AS m({_NAMES}, delay, eta)"
-)
-_ADD_SQLITE = text(
-    f"INSERT INTO catga_outbox ({_NAMES}, {_TAIL}) VALUES ({', '.join(':' + name for name in STORED)}, {SQLITE_NOW}, 0, "
-    "coalesce(:eta, strftime('%Y-%m-%d %H:%M:%f', 'now', :delay || ' seconds')), :eta IS NOT NULL OR :delay > 0, 0)"
-).bindparams(sa.bindparam("eta", type_=UTCDateTime))
+_VALUES = ", ".join(f":{name}" for name in STORED)
+_ADD = {
+    "postgresql": text(
+        f"INSERT INTO catga_outbox ({_NAMES}, available_at, scheduled) VALUES ({_VALUES}, "
+        "coalesce(CAST(:eta AS timestamptz), clock_timestamp() + make_interval(secs => :delay)), :scheduled)"
+    ),
+    "sqlite": text(
+        f"INSERT INTO catga_outbox ({_NAMES}, available_at, scheduled) VALUES ({_VALUES}, "
+        "coalesce(:eta, strftime('%Y-%m-%d %H:%M:%f', 'now', :delay || ' seconds')), :scheduled)"
+    ).bindparams(sa.bindparam("eta", type_=UTCDateTime)),
+}
+_COPY = f"COPY catga_outbox ({_NAMES}) FROM STDIN"
+_stored = attrgetter(*STORED)
 
 
 def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
-    """Insert the messages with one statement: on PostgreSQL arrays, one round trip for any number of rows."""
-    if dialect(connection) == "sqlite":
-        connection.execute(_ADD_SQLITE, [{name: getattr(e, name) for name in _INSERTED} for e in envelopes])
-        return
-    connection.execute(_ADD_PG, {name: [getattr(e, name) for e in envelopes] for name in _INSERTED})
+    """Insert the messages, without a round trip a row: by COPY where psycopg can, by one executemany elsewhere."""
+    if len(envelopes) > 1 and (cursor := _copier(connection)) is not None:
+        ready = [envelope for envelope in envelopes if not _scheduled(envelope)]
+        with cursor, cursor.copy(_COPY) as copy:
+            for envelope in ready:
+                copy.write_row(_stored(envelope))
+        envelopes = [envelope for envelope in envelopes if _scheduled(envelope)]
+    if envelopes:
+        connection.execute(_ADD[dialect(connection)], [_parameters(envelope) for envelope in envelopes])
 
 
 def claim(
@@ -173,6 +175,23 @@ def next_due(connection: Connection, *, queues: Sequence[str] = ()) -> float | N
 def notify(connection: Connection) -> None:
     """Wake the relays; on a connection that commits each statement, for NOTIFY locks the database at commit."""
     connection.execute(text(f"NOTIFY {CHANNEL}"))
+
+
+def _scheduled(envelope: Envelope) -> bool:
+    return envelope.eta is not None or envelope.delay > 0
+
+
+def _parameters(envelope: Envelope) -> dict[str, Any]:
+    values = dict(zip(STORED, _stored(envelope), strict=True))
+    return {**values, "eta": envelope.eta, "delay": envelope.delay, "scheduled": _scheduled(envelope)}
+
+
+def _copier(connection: Connection) -> Any:
+    """Return a cursor that can COPY, if the driver is psycopg's synchronous one."""
+    if connection.dialect.driver != "psycopg" or connection.dialect.is_async:
+        return None
+    driver: Any = connection.connection.driver_connection
+    return driver.cursor()
 
 
 def _by_ids(connection: Connection, statement: str, ids: Sequence[int]) -> None:

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from catga_tasks.errors import ConfigurationError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import Dialect
 
+SQLITE_NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 metadata = sa.MetaData()
 #: 64 bits everywhere; SQLite counts up by itself only in its plain INTEGER.
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -42,6 +45,22 @@ class UTCDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value
 
 
+class DatabaseNow(FunctionElement[datetime]):
+    """The database's clock when the row is written, not when its transaction began."""
+
+    inherit_cache = True
+
+
+@compiles(DatabaseNow, "postgresql")
+def _now_on_postgresql(element: object, compiler: object, **options: object) -> str:
+    return "clock_timestamp()"
+
+
+@compiles(DatabaseNow, "sqlite")
+def _now_on_sqlite(element: object, compiler: object, **options: object) -> str:
+    return f"({SQLITE_NOW})"
+
+
 def _message_columns() -> list[sa.Column[Any]]:
     return [
         sa.Column("task_id", sa.Text, nullable=False),
@@ -59,8 +78,8 @@ def _message_columns() -> list[sa.Column[Any]]:
         sa.Column("backend_calls", sa.Text),
         sa.Column("send_event", sa.Boolean, nullable=False),
         sa.Column("expiration", sa.Double),
-        sa.Column("created_at", UTCDateTime, nullable=False),
-        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("created_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+        sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
         sa.Column("history", sa.Text),
     ]
 
@@ -71,9 +90,9 @@ outbox = sa.Table(
     metadata,
     sa.Column("id", BigId, sa.Identity(), primary_key=True),
     *_message_columns(),
-    sa.Column("available_at", UTCDateTime, nullable=False),
-    sa.Column("scheduled", sa.Boolean, nullable=False),
-    sa.Column("suspect", sa.Boolean, nullable=False),
+    sa.Column("available_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+    sa.Column("scheduled", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("suspect", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index("catga_outbox_due", "available_at", "id"),
     sa.Index("catga_outbox_due_by_queue", "queue", "available_at", "id"),
     sqlite_autoincrement=True,
@@ -125,8 +144,6 @@ lease = sa.Table(
 
 #: What the two tables of messages have in common, by name.
 MESSAGE_COLUMNS = tuple(column.name for column in _message_columns())
-
-SQLITE_NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 
 
 def dialect(connection: Connection) -> str:

@@ -8,7 +8,7 @@ from celery import Task as CeleryTask
 from celery.exceptions import Reject
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from celery.result import AsyncResult
 
@@ -20,7 +20,7 @@ class CatgaTask(CeleryTask):
     #: "at_most_once" or "at_least_once"; None takes the application's `task_delivery`.
     delivery: str | None = None
 
-    def delay_many(self, arguments: Iterable[tuple[Any, ...]], **options: Any) -> list[AsyncResult]:
+    def delay_many(self, arguments: Iterable[tuple[Any, ...]], **options: Any) -> Sequence[AsyncResult]:
         """Enqueue one message for each tuple of positional arguments, and return their results in order.
 
         `options` are those of `apply_async`, the same for all of them. What is equal in all messages is built once, and
@@ -28,7 +28,7 @@ class CatgaTask(CeleryTask):
 
             charge.delay_many([(1,), (2,), (3,)])
         """
-        results: list[AsyncResult] = self.app.send_many(self, arguments, options)
+        results: Sequence[AsyncResult] = self.app.send_many(self, arguments, options)
         return results
 
     def retry(self, *args: Any, **options: Any) -> Any:

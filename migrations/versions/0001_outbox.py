@@ -16,6 +16,12 @@ _ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _MOMENT = sa.DateTime(timezone=True)
 
 
+def _now() -> sa.TextClause:
+    if op.get_context().dialect.name == "postgresql":
+        return sa.text("clock_timestamp()")
+    return sa.text("(strftime('%Y-%m-%d %H:%M:%f', 'now'))")
+
+
 def _message() -> list[sa.Column[Any]]:
     return [
         sa.Column("task_id", sa.Text, nullable=False),
@@ -33,8 +39,8 @@ def _message() -> list[sa.Column[Any]]:
         sa.Column("backend_calls", sa.Text),
         sa.Column("send_event", sa.Boolean, nullable=False),
         sa.Column("expiration", sa.Double),
-        sa.Column("created_at", _MOMENT, nullable=False),
-        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("created_at", _MOMENT, nullable=False, server_default=_now()),
+        sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
         sa.Column("history", sa.Text),
     ]
 
@@ -45,9 +51,9 @@ def upgrade() -> None:
         "catga_outbox",
         sa.Column("id", _ID, sa.Identity(), primary_key=True),
         *_message(),
-        sa.Column("available_at", _MOMENT, nullable=False),
-        sa.Column("scheduled", sa.Boolean, nullable=False),
-        sa.Column("suspect", sa.Boolean, nullable=False),
+        sa.Column("available_at", _MOMENT, nullable=False, server_default=_now()),
+        sa.Column("scheduled", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("suspect", sa.Boolean, nullable=False, server_default=sa.false()),
         sqlite_autoincrement=True,
     )
     op.create_index("catga_outbox_due", "catga_outbox", ["available_at", "id"])
