@@ -18,11 +18,10 @@ from catga_tasks import bulk
 from catga_tasks.brokers import KombuPublisher, Publisher, RedisPublisher
 from catga_tasks.config import Settings
 from catga_tasks.enqueue import Outbox, Source
-from catga_tasks.errors import ConfigurationError
+from catga_tasks.errors import ConfigurationError, OutboxUnavailable
 from catga_tasks.producer import (
     OutboxOperationalError,
     OutboxProducer,
-    OutboxUnavailable,
     backend_calls,
     choose_delivery,
     is_retry,
@@ -66,7 +65,7 @@ class Catga(Celery):
 
     @cached_property
     def outbox(self) -> Outbox:
-        """The outbox: `join` and `track` transactions."""
+        """Return the outbox: `join` and `track` transactions."""
         source = self._outbox_source or self.catga_settings.outbox_url
         if source is None:
             message = "No outbox: pass Catga(outbox='postgresql+psycopg://...') or set outbox_url."
@@ -75,7 +74,7 @@ class Catga(Celery):
 
     @cached_property
     def outbox_producer(self) -> OutboxProducer:
-        """The producer that every task is sent by."""
+        """Return the producer that every task is sent by."""
         return OutboxProducer(lambda: self._idle_connection)
 
     @cached_property
@@ -223,4 +222,3 @@ def _relay_option() -> Any:
         help_group="Worker Options",
         type=click.BOOL,
     )
-

@@ -56,9 +56,7 @@ class Results(Sequence[AsyncResult]):
         return self._task.AsyncResult(self.ids[index])
 
 
-def send(
-    app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: dict[str, Any]
-) -> Sequence[AsyncResult]:
+def send(app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: dict[str, Any]) -> Sequence[AsyncResult]:
     """Enqueue one message a tuple, in one insert."""
     calls = [_checked(args) for args in arguments]
     if not calls:
@@ -142,10 +140,10 @@ def _pieces(text: str, marks: tuple[str, ...]) -> list[tuple[str, int]]:
     """Cut the text at its marks: each piece with the number of the mark that follows it, the last with -1."""
     pieces = [(text, -1)]
     for number, mark in enumerate(marks):
-        mark = json.dumps(mark)[1:-1]
+        escaped = json.dumps(mark)[1:-1]
         cut: list[tuple[str, int]] = []
         for piece, following in pieces:
-            *before, last = piece.split(mark)
+            *before, last = piece.split(escaped)
             cut += [(part, number) for part in before]
             cut.append((last, following))
         pieces = cut

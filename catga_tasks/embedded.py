@@ -19,7 +19,7 @@ class RelayStep(bootsteps.StartStopStep):
 
     requires = ("celery.worker.components:Pool",)
 
-    def __init__(self, worker: Any, outbox_relay: bool = False, **options: Any) -> None:  # noqa: FBT001, FBT002 - Celery's call
+    def __init__(self, _worker: Any, *, outbox_relay: bool = False, **_options: Any) -> None:
         self.enabled = bool(outbox_relay)
         self._relay: Relay | None = None
         self._thread: threading.Thread | None = None

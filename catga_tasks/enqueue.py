@@ -380,7 +380,9 @@ def _tracked_class(sessions: object) -> Any:
         tracked = type("TrackedSession", (base,), {})
         sessions.configure(sync_session_class=tracked)
         return tracked
-    message = f"app.outbox.track() takes a sessionmaker, scoped_session or async_sessionmaker, not {type(sessions).__name__}."
+    message = (
+        f"app.outbox.track() takes a sessionmaker, scoped_session or async_sessionmaker, not {type(sessions).__name__}."
+    )
     raise ConfigurationError(message)
 
 
@@ -434,7 +436,9 @@ def _listen_to(engine: Engine) -> None:
     event.listen(engine, "rollback", lambda c: each(c, forget))
     event.listen(engine, "savepoint", lambda c, name: each(c, lambda target: target.savepoint(name)))
     event.listen(engine, "release_savepoint", lambda c, name, context: each(c, lambda target: target.released(name)))
-    event.listen(engine, "rollback_savepoint", lambda c, name, context: each(c, lambda target: target.rolled_back(name)))
+    event.listen(
+        engine, "rollback_savepoint", lambda c, name, context: each(c, lambda target: target.rolled_back(name))
+    )
 
 
 def _refuse_missing_table(error: SQLAlchemyError) -> None:

@@ -115,4 +115,3 @@ def _decode(what: str, text: str) -> dict[str, Any]:
         message = f"The row's {what} must be a JSON object, not {type(value).__name__}."
         raise MessageRejected(message)
     return value
-

@@ -1,13 +1,13 @@
 """Which errors can a user of this package see, and what does each one ask for?
 
-    CatgaError
-    ├── ConfigurationError       a setting or an argument is wrong; the message names it and the mend
-    │   └── MigrationRequired    the tables are missing, older or newer than this release
-    ├── TransactionRequired      `outbox_require_transaction` is set and no transaction is joined
-    ├── OutboxUnavailable        the outbox's database refused or didn't answer
-    ├── MessageRejected          the broker answers, but will not take this message
-    ├── BrokerUnavailable        the broker doesn't answer or refuses every message
-    └── LeaseLost                another relay took over the rows; what was in hand is theirs now
+CatgaError
+├── ConfigurationError       a setting or an argument is wrong; the message names it and the mend
+│   └── MigrationRequired    the tables are missing, older or newer than this release
+├── TransactionRequired      `outbox_require_transaction` is set and no transaction is joined
+├── OutboxUnavailable        the outbox's database refused or didn't answer
+├── MessageRejected          the broker answers, but will not take this message
+├── BrokerUnavailable        the broker doesn't answer or refuses every message
+└── LeaseLost                another relay took over the rows; what was in hand is theirs now
 """
 
 from __future__ import annotations

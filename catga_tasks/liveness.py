@@ -31,7 +31,8 @@ def journal_open(connection: Connection, relay: str, ids: Sequence[int]) -> tupl
     for a server that dies takes no relay with it.
     """
     parameters = {"relay": relay, "ids": json.dumps(list(ids)), "zero": 0}
-    values = f"INSERT INTO catga_outbox_journal (relay, row_ids, started_at) VALUES (:relay, :ids, {later(connection, 'zero')})"
+    started = later(connection, "zero")
+    values = f"INSERT INTO catga_outbox_journal (relay, row_ids, started_at) VALUES (:relay, :ids, {started})"
     if dialect(connection) == "postgresql":
         statement = (
             f"WITH mine AS ({values} RETURNING id) SELECT id, NULL AS row_ids FROM mine "
@@ -75,7 +76,7 @@ def journal(connection: Connection) -> list[tuple[int, list[int]]]:
     return [(entry, json.loads(row_ids)) for entry, row_ids in found]
 
 
-def heartbeat(  # noqa: PLR0913 - one argument a column
+def heartbeat(
     connection: Connection, relay: str, *, hostname: str, pid: int, queues: Sequence[str], published: int
 ) -> None:
     """Say that this relay lives and how much it has published so far."""
@@ -112,8 +113,9 @@ def take_lease(connection: Connection, owner: str, seconds: float) -> bool:
     """Take or renew SQLite's lease; return whether it is ours. The write lock is held until the commit."""
     connection.execute(
         text(
-            f"INSERT INTO catga_outbox_lease (name, owner, expires_at) VALUES ('relay', :owner, {later(connection, 'for')}) "
-            f"ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_at = excluded.expires_at "
+            "INSERT INTO catga_outbox_lease (name, owner, expires_at) "
+            f"VALUES ('relay', :owner, {later(connection, 'for')}) "
+            "ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_at = excluded.expires_at "
             f"WHERE catga_outbox_lease.owner = excluded.owner OR catga_outbox_lease.expires_at < {now(connection)}"
         ),
         {"owner": owner, "for": seconds},

@@ -7,7 +7,7 @@ beside the application's own Alembic.
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from alembic import command
@@ -15,7 +15,6 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from catga_tasks import migrations
 from catga_tasks.errors import MigrationRequired
 
 if TYPE_CHECKING:
@@ -56,7 +55,11 @@ def check(connection: Connection) -> None:
     if found == head:
         return
     _refuse_newer(found)
-    what = "The outbox's tables are missing" if found is None else f"The outbox's schema is at revision {found}, this release needs {head}"
+    what = (
+        "The outbox's tables are missing"
+        if found is None
+        else f"The outbox's schema is at revision {found}, this release needs {head}"
+    )
     message = f"{what}: run `celery -A <your app> outbox migrate`."
     raise MigrationRequired(message)
 
@@ -81,5 +84,5 @@ def _head() -> str:
 
 def _config(output: io.StringIO | None = None) -> Config:
     config = Config(output_buffer=output) if output else Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.set_main_option("script_location", str(files("catga_tasks.migrations")))
     return config

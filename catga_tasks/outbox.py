@@ -107,7 +107,9 @@ def claim_ids(connection: Connection, ids: Iterable[int]) -> list[Row]:
 
 def count(connection: Connection, ids: Iterable[int]) -> int:
     """Return how many of these rows exist."""
-    statement = text("SELECT count(*) FROM catga_outbox WHERE id IN :ids").bindparams(sa.bindparam("ids", expanding=True))
+    statement = text("SELECT count(*) FROM catga_outbox WHERE id IN :ids").bindparams(
+        sa.bindparam("ids", expanding=True)
+    )
     return int(connection.execute(statement, {"ids": list(ids)}).scalar_one())
 
 
@@ -217,4 +219,3 @@ def _row(values: Any, *, postgresql: bool) -> Row:
         age=float(values.age),
         scheduled=bool(values.scheduled),
     )
-

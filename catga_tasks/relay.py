@@ -131,7 +131,9 @@ class Relay:
             1000 * (time.monotonic() - started),
         )
         for row, error in receipt.rejected:
-            logger.warning("Message %d (task %s, id %s) failed: %s", row.id, row.envelope.task, row.envelope.task_id, error)
+            logger.warning(
+                "Message %d (task %s, id %s) failed: %s", row.id, row.envelope.task, row.envelope.task_id, error
+            )
         if receipt.outage is not None:
             self._failures += 1
             logger.warning("Relay %s: the broker is out, %s. No attempts are used up.", self.id, receipt.outage)

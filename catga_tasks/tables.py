@@ -52,12 +52,12 @@ class DatabaseNow(FunctionElement[datetime]):
 
 
 @compiles(DatabaseNow, "postgresql")
-def _now_on_postgresql(element: object, compiler: object, **options: object) -> str:
+def _now_on_postgresql(_element: object, _compiler: object, **_options: object) -> str:
     return "clock_timestamp()"
 
 
 @compiles(DatabaseNow, "sqlite")
-def _now_on_sqlite(element: object, compiler: object, **options: object) -> str:
+def _now_on_sqlite(_element: object, _compiler: object, **_options: object) -> str:
     return f"({SQLITE_NOW})"
 
 
@@ -150,7 +150,9 @@ def dialect(connection: Connection) -> str:
     """Return "postgresql" or "sqlite"; raise `ConfigurationError` for a database that isn't supported."""
     name = connection.dialect.name
     if name not in ("postgresql", "sqlite"):
-        message = f"outbox: {name} is not supported; use PostgreSQL (postgresql+psycopg://...) or SQLite (sqlite:///...)."
+        message = (
+            f"outbox: {name} is not supported; use PostgreSQL (postgresql+psycopg://...) or SQLite (sqlite:///...)."
+        )
         raise ConfigurationError(message)
     return name
 

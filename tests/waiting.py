@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], *, deadline: float = 30, what: str = "the condition", every: float = 0.02) -> T:
+def wait_until(
+    condition: Callable[[], T], *, deadline: float = 30, what: str = "the condition", every: float = 0.02
+) -> T:
     """Return the first truthy value of `condition`; fail with `what` when `deadline` seconds are over."""
     end = time.monotonic() + deadline
     while True:

@@ -139,5 +139,5 @@ class RedisPublisher(KombuPublisher):
             self._give_up(reply)
 
 
-class _BatchFailed(Exception):  # noqa: N818 - a signal between two functions, not an error that anybody sees
+class _BatchFailed(Exception):
     """The pipeline broke although the server answers: one of its messages may be the cause."""
