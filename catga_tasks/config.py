@@ -59,9 +59,7 @@ class Settings:
             _seconds("outbox_retention", self.outbox_retention)
         for name in ("outbox_retry_jitter", "outbox_require_transaction"):
             _boolean(name, getattr(self, name))
-        if self.outbox_url is not None and not isinstance(self.outbox_url, str):
-            message = "outbox_url must be a SQLAlchemy URL such as 'postgresql+psycopg://localhost/shop'."
-            raise ConfigurationError(message)
+        _url("outbox_url", self.outbox_url)
         check_delivery("task_delivery", self.task_delivery)
         if self.outbox_lease_timeout <= self.outbox_publish_timeout:
             message = (
@@ -108,6 +106,12 @@ def _at_least_one(name: str, value: object) -> None:
 def _seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         message = f"{name} must be a number of seconds above 0, not {value!r}."
+        raise ConfigurationError(message)
+
+
+def _url(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        message = f"{name} must be a SQLAlchemy URL such as 'postgresql+psycopg://localhost/shop'."
         raise ConfigurationError(message)
 
 
