@@ -17,7 +17,7 @@ from kombu.utils.json import loads
 from catga_tasks import bulk
 from catga_tasks.brokers import KombuPublisher, Publisher, RedisPublisher
 from catga_tasks.config import Settings
-from catga_tasks.enqueue import Outbox, Source
+from catga_tasks.enqueue import Outbox
 from catga_tasks.errors import ConfigurationError, OutboxUnavailable
 from catga_tasks.producer import (
     OutboxOperationalError,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from kombu import Connection
 
+    from catga_tasks.database import Source
     from catga_tasks.envelope import Envelope
 
 _collector: ContextVar[list[Envelope] | None] = ContextVar("catga_collector", default=None)

@@ -40,14 +40,15 @@ class Claims:
         self._engine = engine
         self._settings = settings
         self._relay = relay
-        self._queues = tuple(queues)
+        self._queues: tuple[str | None, ...] = tuple(queues) or (None,)
         self._locks = engine.dialect.name == "postgresql"
         self._work: Connection | None = None
         self._side: Connection | None = None
         self._entry: int | None = None
-        self._place: Place | None = None
-        self._next_sweep = 0.0
+        self._places: dict[str | None, Place] = {}
+        self._next_sweep: dict[str | None, float] = {}
         self._renew_lease = 0.0
+        self._suspects_turn = False
 
     def take(self) -> list[Row]:
         """Claim the next rows and write them into the journal; an empty list if there are none."""
@@ -56,9 +57,7 @@ class Claims:
             with _released_on_error(self):
                 if not self._locks and not self._leased(work):
                     return self._nothing(work)
-                rows = self._claim(work)
-                # A suspect is published alone, after the rows that nobody doubts.
-                chosen = [row for row in rows if not row.suspect] or rows[:1]
+                chosen = self._claim(work)
                 if not chosen:
                     return self._nothing(work)
                 entry, others = liveness.journal_open(self._side or work, self._relay, [row.id for row in chosen])
@@ -105,7 +104,7 @@ class Claims:
         """
         with self._engine.begin() as connection:
             liveness.heartbeat(
-                connection, self._relay, hostname=hostname, pid=pid, queues=self._queues, published=published
+                connection, self._relay, hostname=hostname, pid=pid, queues=self._named, published=published
             )
             liveness.retire(connection)
             for entry, ids in liveness.journal(connection):
@@ -128,9 +127,13 @@ class Claims:
         """Return the seconds until the next row is due, or None if there is none."""
         work = self._open()
         with _released_on_error(self):
-            due = outbox.next_due(work, queues=self._queues)
+            due = [outbox.next_due(work, queue=queue) for queue in self._queues]
             work.rollback()
-            return due
+            return min((wait for wait in due if wait is not None), default=None)
+
+    @property
+    def _named(self) -> list[str]:
+        return sorted(queue for queue in self._queues if queue is not None)
 
     def _open(self) -> Connection:
         if self._work is None:
@@ -157,13 +160,32 @@ class Claims:
         return True
 
     def _claim(self, work: Connection) -> list[Row]:
+        """Return a batch of rows that nobody doubts, or one suspect, in turns while there are both.
+
+        The queues of a relay take turns too: a claim along one queue's index is as fast with a million rows of others.
+        """
+        self._suspects_turn = not self._suspects_turn
+        kinds = (self._claim_suspect, self._claim_batch)
+        for claim in kinds if self._suspects_turn else kinds[::-1]:
+            for queue in self._queues:
+                if rows := claim(work, queue):
+                    self._queues = (*(other for other in self._queues if other != queue), queue)
+                    return rows
+        return []
+
+    def _claim_suspect(self, work: Connection, queue: str | None) -> list[Row]:
+        rows, _ = outbox.claim(work, 1, queue=queue, suspects=True)
+        return rows
+
+    def _claim_batch(self, work: Connection, queue: str | None) -> list[Row]:
         started = time.monotonic()
-        after = self._place if started < self._next_sweep else None
-        rows, place = outbox.claim(work, self._settings.outbox_batch_size, queues=self._queues, after=after)
+        after = self._places.get(queue) if started < self._next_sweep.get(queue, 0.0) else None
+        rows, place = outbox.claim(work, self._settings.outbox_batch_size, queue=queue, after=after)
         if after is None:
             ended = time.monotonic()
-            self._next_sweep = ended + (ended - started) / SWEEP_SHARE
-        self._place = place or self._place
+            self._next_sweep[queue] = ended + (ended - started) / SWEEP_SHARE
+        if place:
+            self._places[queue] = place
         return rows
 
     def _hold(self, work: Connection) -> None:

@@ -54,21 +54,27 @@ def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
 
 
 def claim(
-    connection: Connection, limit: int, *, queues: Sequence[str] = (), after: Place | None = None
+    connection: Connection,
+    limit: int,
+    *,
+    queue: str | None = None,
+    after: Place | None = None,
+    suspects: bool = False,
 ) -> tuple[list[Row], Place | None]:
     """Return due rows, the longest due first, and the place where they end; on PostgreSQL they are locked.
 
-    Rows that another relay has locked are passed over. `after` bounds the search from below, so that the dead
-    rows that a long transaction holds up aren't walked through again; it is no cursor: a transaction that began
-    earlier may still commit below it, so a sweep without it must follow.
+    Rows of one queue, or of all. Suspects are claimed by themselves, with `suspects`. Rows that another relay has
+    locked are passed over. `after` bounds the search from below, so that the dead rows that a long transaction holds
+    up aren't walked through again; it is no cursor: a transaction that began earlier may still commit below it, so
+    a sweep without it must follow.
     """
     postgresql = dialect(connection) == "postgresql"
-    statement = claim_statement(connection, queues=bool(queues), after=after is not None)
+    statement = claim_statement(connection, queue=queue is not None, after=after is not None, suspects=suspects)
     parameters: dict[str, Any] = {"limit": limit}
     if after is not None:
         parameters["after_at"], parameters["after_id"] = after
-    if queues:
-        parameters["queues"] = list(queues)
+    if queue is not None:
+        parameters["queue"] = queue
     found = connection.execute(statement, parameters).all()
     if not found:
         return [], None
@@ -76,23 +82,24 @@ def claim(
     return rows, (found[-1].due_at, found[-1].id)
 
 
-def claim_statement(connection: Connection, *, queues: bool = False, after: bool = False) -> sa.TextClause:
-    """Return the claim; its plan is asserted by a test (`failures.md`, 10)."""
+def claim_statement(
+    connection: Connection, *, queue: bool = False, after: bool = False, suspects: bool = False
+) -> sa.TextClause:
+    """Return the claim. Each of its forms walks along one index; a test asserts their plans."""
     postgresql = dialect(connection) == "postgresql"
-    conditions = [f"available_at <= {now(connection)}"]
+    conditions = ["suspect" if suspects else "NOT suspect", f"available_at <= {now(connection)}"]
     if after:
         moment = "CAST(:after_at AS timestamptz)" if postgresql else ":after_at"
         conditions.append(f"(available_at, id) > ({moment}, :after_id)")
-    if queues:
-        conditions.append("queue IN :queues")
+    if queue:
+        conditions.append("queue = :queue")
     moment = "CAST(available_at AS text)" if postgresql else "available_at"
-    statement = text(
+    return text(
         f"SELECT id, {_NAMES}, attempts, history, suspect, scheduled, "
         f"{seconds_since(connection, 'created_at')} AS age, {moment} AS due_at "
         f"FROM catga_outbox WHERE {' AND '.join(conditions)} ORDER BY available_at, id LIMIT :limit"
         + (" FOR UPDATE SKIP LOCKED" if postgresql else "")
     )
-    return statement.bindparams(sa.bindparam("queues", expanding=True)) if queues else statement
 
 
 def claim_ids(connection: Connection, ids: Iterable[int]) -> list[Row]:
@@ -162,15 +169,14 @@ def history(connection: Connection, row: Row, error: str) -> str:
     return json.dumps(entries)
 
 
-def next_due(connection: Connection, *, queues: Sequence[str] = ()) -> float | None:
+def next_due(connection: Connection, *, queue: str | None = None) -> float | None:
     """Return the seconds until the next row that isn't due yet, or None; 0 if one is due."""
-    where = " WHERE queue IN :queues" if queues else ""
+    where = "" if queue is None else " WHERE queue = :queue"
     statement = text(
-        f"SELECT -({seconds_since(connection, 'available_at')}) FROM catga_outbox{where} ORDER BY available_at, id LIMIT 1"
+        f"SELECT -({seconds_since(connection, 'available_at')}) FROM catga_outbox{where} "
+        "ORDER BY available_at, id LIMIT 1"
     )
-    if queues:
-        statement = statement.bindparams(sa.bindparam("queues", expanding=True))
-    wait = connection.execute(statement, {"queues": list(queues)} if queues else {}).scalar()
+    wait = connection.execute(statement, {} if queue is None else {"queue": queue}).scalar()
     return None if wait is None else max(0.0, float(wait))
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from celery import current_task
 from celery.app.amqp import AMQP, task_message
-from celery.exceptions import OperationalError as _CeleryOperationalError
 from celery.utils.time import maybe_iso8601
 from kombu import Connection, Exchange, Producer
 from kombu.exceptions import OperationalError
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from catga_tasks.app import Catga
-
-del _CeleryOperationalError
 
 #: Calls to the result backend that ride with the next message: a chord's size must be known before its last part runs.
 backend_calls: ContextVar[tuple[list[Any], ...]] = ContextVar("catga_backend_calls", default=())
@@ -52,8 +49,21 @@ class OutboxProducer(Producer):
     def revive(self, channel: object) -> None:
         """There is nothing to revive."""
 
-    def _publish(self, body: Any, priority: Any, content_type: str, content_encoding: str, headers: Any, properties: Any,
-                 routing_key: str, mandatory: Any, immediate: Any, exchange: str, declare: Any, *rest: Any) -> dict[str, Any]:  # fmt: skip  # noqa: E501
+    def _publish(
+        self,
+        body: Any,
+        priority: Any,
+        content_type: str,
+        content_encoding: str,
+        headers: Any,
+        properties: Any,
+        routing_key: str,
+        _mandatory: Any,
+        _immediate: Any,
+        exchange: str,
+        declare: Any,
+        *_timeouts: Any,
+    ) -> dict[str, Any]:
         return {
             "body": body.encode(content_encoding) if isinstance(body, str) else bytes(body),
             "priority": priority or None,

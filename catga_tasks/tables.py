@@ -95,6 +95,13 @@ outbox = sa.Table(
     sa.Column("suspect", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index("catga_outbox_due", "available_at", "id"),
     sa.Index("catga_outbox_due_by_queue", "queue", "available_at", "id"),
+    sa.Index(
+        "catga_outbox_suspects",
+        "available_at",
+        "id",
+        postgresql_where=sa.text("suspect"),
+        sqlite_where=sa.text("suspect"),
+    ),
     sqlite_autoincrement=True,
 )
 

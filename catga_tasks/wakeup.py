@@ -80,7 +80,7 @@ class Listener:
         self._connection: Connection | None = None
         self._version: object = None
         self._ours, self._theirs = socket.socketpair()
-        self._ours.setblocking(False)
+        self._ours.settimeout(0)
 
     def wait(self, seconds: float) -> bool:
         """Wait for a wake-up, at most so long; return whether one came."""
@@ -144,7 +144,7 @@ class Listener:
             driver.pgconn.consume_input()
             while driver.pgconn.notifies() is not None:
                 pass
-        except Exception:
+        except connection.dialect.loaded_dbapi.Error:
             self.disconnect()
             return self._sleep(seconds)
         return True

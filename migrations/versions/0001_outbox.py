@@ -58,6 +58,13 @@ def upgrade() -> None:
     )
     op.create_index("catga_outbox_due", "catga_outbox", ["available_at", "id"])
     op.create_index("catga_outbox_due_by_queue", "catga_outbox", ["queue", "available_at", "id"])
+    op.create_index(
+        "catga_outbox_suspects",
+        "catga_outbox",
+        ["available_at", "id"],
+        postgresql_where=sa.text("suspect"),
+        sqlite_where=sa.text("suspect"),
+    )
     op.create_table(
         "catga_dead_letters",
         sa.Column("id", _ID, primary_key=True, autoincrement=False),

@@ -1,0 +1,81 @@
+"""Which database is the outbox's, and what does its driver's error mean?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import create_engine
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+
+from catga_tasks.errors import ConfigurationError, MigrationRequired
+
+#: What `Catga(outbox=...)` takes.
+Source = str | URL | Engine | sessionmaker[Any]
+
+#: Seconds that a connection to PostgreSQL may take to open, unless the URL says otherwise.
+CONNECT_TIMEOUT = 10
+
+
+def open_engine(source: object) -> Engine:
+    """Return the engine of `Catga(outbox=...)`; raise `ConfigurationError` that says what is wrong with it."""
+    if isinstance(source, Engine):
+        return source
+    if isinstance(source, sessionmaker):
+        return _bound(source)
+    if isinstance(source, (AsyncEngine, async_sessionmaker)):
+        message = (
+            "outbox: pass a synchronous URL such as 'postgresql+psycopg://localhost/shop' (relays and commands use "
+            "it); AsyncSession and AsyncConnection join all the same."
+        )
+        raise ConfigurationError(message)
+    if not isinstance(source, (str, URL)):
+        message = f"outbox must be a SQLAlchemy URL, an Engine or a sessionmaker, not {type(source).__name__}."
+        raise ConfigurationError(message)
+    try:
+        return _connected(make_url(source))
+    except NoSuchModuleError as error:
+        message = f"outbox_url: unknown database in the URL ({error}); use postgresql+psycopg://... or sqlite:///..."
+        raise ConfigurationError(message) from None
+    except ArgumentError:
+        # The URL may hold a password: it is not repeated.
+        message = "outbox_url is not a SQLAlchemy URL; it looks like 'postgresql+psycopg://user@host/database'."
+        raise ConfigurationError(message) from None
+    except ModuleNotFoundError as error:
+        message = (
+            f"outbox_url: the driver {error.name!r} is not installed; "
+            "`pip install catga-tasks[postgres]` brings psycopg, for postgresql+psycopg:// URLs."
+        )
+        raise ConfigurationError(message) from None
+
+
+def refuse_missing_table(error: SQLAlchemyError) -> None:
+    """Raise `MigrationRequired` if the error says that a table isn't there; return otherwise."""
+    original = getattr(error, "orig", None)
+    if getattr(original, "sqlstate", None) == "42P01" or "no such table" in str(original):
+        message = "The outbox's tables are missing: run `celery -A <your app> outbox migrate` on this database."
+        raise MigrationRequired(message) from None
+
+
+def _bound(sessions: sessionmaker[Any]) -> Engine:
+    bind = sessions.kw.get("bind")
+    if isinstance(bind, Connection):
+        bind = bind.engine
+    if not isinstance(bind, Engine):
+        message = "outbox: the sessionmaker has no bind: give it an Engine, or pass the Engine itself."
+        raise ConfigurationError(message)
+    return bind
+
+
+def _connected(url: URL) -> Engine:
+    dialect = url.get_dialect()
+    if url.get_backend_name() not in ("postgresql", "sqlite"):
+        message = f"outbox_url: {url.get_backend_name()} is not supported; use postgresql+psycopg:// or sqlite:///."
+        raise ConfigurationError(message)
+    if getattr(dialect, "is_async", False):
+        message = f"outbox_url: {url.drivername} is an asynchronous driver; use postgresql+psycopg:// or sqlite:///."
+        raise ConfigurationError(message)
+    bounded = dialect.driver == "psycopg" and "connect_timeout" not in url.query
+    return create_engine(url, connect_args={"connect_timeout": CONNECT_TIMEOUT} if bounded else {}, pool_pre_ping=True)

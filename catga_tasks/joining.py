@@ -1,0 +1,285 @@
+"""How is a message tied to a transaction: to a session's or a connection's, and to its savepoints?
+
+A target buffers; events of SQLAlchemy write the buffer before the commit and drop what a rollback undoes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from catga_tasks import outbox, tables
+from catga_tasks.database import refuse_missing_table
+from catga_tasks.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy.orm import SessionTransaction
+
+    from catga_tasks.envelope import Envelope
+
+
+class Owner(Protocol):
+    """The outbox that a message is for."""
+
+    def wake(self) -> None:
+        """Wake the relays: something was committed."""
+
+
+class Target(Protocol):
+    """A transaction that messages are enqueued in."""
+
+    def add(self, envelopes: Sequence[Envelope]) -> None:
+        """Keep the messages for the commit; no I/O."""
+
+    def alive(self) -> bool:
+        """Return whether the transaction can still take messages."""
+
+
+class SessionTarget:
+    """A session: joined for a block, or tracked for one transaction."""
+
+    def __init__(self, owner: Owner, session: Session, transaction: SessionTransaction | None = None) -> None:
+        self._owner = owner
+        self._session = weakref.ref(session)
+        self._transaction = transaction
+
+    def alive(self) -> bool:
+        """Return whether the tracked transaction is still the session's; a block's session always counts."""
+        if self._transaction is None:
+            return True
+        session = self._session()
+        return session is not None and session.get_transaction() is self._transaction and self._transaction.is_active
+
+    def add(self, envelopes: Sequence[Envelope]) -> None:
+        """Keep the messages for the session's commit; begin its transaction if there is none."""
+        session = self._session()
+        if session is None:
+            message = "The joined session is gone: keep it open while tasks are enqueued in it."
+            raise ConfigurationError(message)
+        if not session.in_transaction():
+            session.begin()
+        _buffer(self._owner, session).add(session, envelopes)
+
+
+class _SessionBuffer:
+    """What is enqueued in a session's transaction, each message with the savepoint that it belongs to."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._entries: list[tuple[SessionTransaction, Sequence[Envelope]]] = []
+        self._written: SessionTransaction | None = None
+
+    def add(self, session: Session, envelopes: Sequence[Envelope]) -> None:
+        transaction = session.get_nested_transaction() or session.get_transaction()
+        assert transaction is not None  # noqa: S101 - begun by the caller
+        self._entries.append((transaction, envelopes))
+        if self._written is not None and self._written is session.get_transaction():
+            # The commit is under way, and a flush or a listener of the application enqueues: write it at once.
+            self.write(session)
+
+    def write(self, session: Session) -> None:
+        """Insert everything with one statement, in the session's own transaction."""
+        self._written = session.get_transaction()
+        if not self._entries:
+            return
+        envelopes = [envelope for _, several in self._entries for envelope in several]
+        self._entries.clear()
+        try:
+            connection = session.connection(bind_arguments={"clause": tables.outbox})
+        except UnboundExecutionError:
+            message = "The joined session has no bind for the table catga_outbox: give it one (bind=, or binds={...})."
+            raise ConfigurationError(message) from None
+        try:
+            outbox.add(connection, envelopes)
+        except DBAPIError as error:
+            refuse_missing_table(error)
+            raise
+
+    def committed(self) -> None:
+        """Wake the relays after the commit."""
+        if self._written is not None:
+            self._owner.wake()
+
+    def rolled_back(self, transaction: SessionTransaction) -> None:
+        """Drop what was enqueued in this savepoint, or in the whole transaction."""
+        self._entries = [entry for entry in self._entries if not _within(entry[0], transaction)]
+
+    def ended(self, transaction: SessionTransaction) -> None:
+        """Hand the messages of a released savepoint to what surrounds it; forget what was never committed."""
+        if transaction.parent is None:
+            self._entries.clear()
+            self._written = None
+            return
+        outer = transaction.parent
+        self._entries = [(outer if tag is transaction else tag, several) for tag, several in self._entries]
+
+
+def _within(transaction: SessionTransaction | None, ancestor: SessionTransaction) -> bool:
+    while transaction is not None and transaction is not ancestor:
+        transaction = transaction.parent
+    return transaction is not None
+
+
+class _ConnectionTarget:
+    """A connection without a session. A stack of savepoints, the whole transaction at its bottom."""
+
+    def __init__(self, owner: Owner, connection: Connection) -> None:
+        self._owner = owner
+        self._connection = connection
+        self.frames: list[tuple[str, list[Envelope]]] = [("", [])]
+
+    def alive(self) -> bool:
+        return not self._connection.closed
+
+    def add(self, envelopes: Sequence[Envelope]) -> None:
+        self.frames[-1][1].extend(envelopes)
+        if not self._connection.in_transaction():
+            self._connection.begin()
+
+    def write(self, connection: Connection) -> None:
+        envelopes = [envelope for _, several in self.frames for envelope in several]
+        self.frames = [("", [])]
+        if not envelopes:
+            return
+        try:
+            outbox.add(connection, envelopes)
+        except DBAPIError as error:
+            refuse_missing_table(error)
+            raise
+        # The core has no event after the commit: this wake-up may come a moment early. It makes the relay poll
+        # every few milliseconds for a while, which finds the rows.
+        self._owner.wake()
+
+    def savepoint(self, name: str) -> None:
+        self.frames.append((name, []))
+
+    def released(self, name: str) -> None:
+        while len(self.frames) > 1:
+            inner, several = self.frames.pop()
+            self.frames[-1][1].extend(several)
+            if inner == name:
+                return
+
+    def rolled_back(self, name: str) -> None:
+        if all(known != name for known, _ in self.frames):
+            # Begun before the join: everything here was enqueued within it.
+            self.frames = [("", [])]
+            return
+        while self.frames.pop()[0] != name:
+            continue
+
+
+_sessions: weakref.WeakKeyDictionary[Session, dict[Owner, _SessionBuffer]] = weakref.WeakKeyDictionary()
+_connections: weakref.WeakKeyDictionary[Connection, dict[Owner, _ConnectionTarget]] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_listening: list[bool] = []
+
+
+def target_of(owner: Owner, transaction: object) -> Target:
+    """Return the target for what `join` was given, and see that its events are heard."""
+    if isinstance(transaction, AsyncSession):
+        transaction = transaction.sync_session
+    elif isinstance(transaction, scoped_session):
+        transaction = transaction()
+    elif isinstance(transaction, AsyncConnection):
+        transaction = transaction.sync_connection
+    if isinstance(transaction, Session):
+        listen_to_sessions()
+        return SessionTarget(owner, transaction)
+    if isinstance(transaction, Connection):
+        _listen_to(transaction.engine)
+        return _connections.setdefault(transaction, {}).setdefault(owner, _ConnectionTarget(owner, transaction))
+    message = (
+        "app.outbox.join() takes a Session, AsyncSession, Connection or AsyncConnection of SQLAlchemy, "
+        f"not {type(transaction).__name__}."
+    )
+    raise ConfigurationError(message)
+
+
+def _buffer(owner: Owner, session: Session) -> _SessionBuffer:
+    buffers = _sessions.setdefault(session, {})
+    buffer = buffers.get(owner)
+    if buffer is None:
+        buffer = buffers[owner] = _SessionBuffer(owner)
+    return buffer
+
+
+def tracked_class(sessions: object) -> Any:
+    """Return what SQLAlchemy takes as the target of session events for these sessions."""
+    if isinstance(sessions, scoped_session):
+        sessions = sessions.session_factory
+    if isinstance(sessions, sessionmaker):
+        return sessions
+    if isinstance(sessions, async_sessionmaker):
+        # Events are the synchronous session's; give these sessions a class of their own, so that no others are tracked.
+        base = sessions.kw.get("sync_session_class", Session)
+        if isinstance(base, sessionmaker):
+            return base
+        tracked = type("TrackedSession", (base,), {})
+        sessions.configure(sync_session_class=tracked)
+        return tracked
+    message = (
+        f"app.outbox.track() takes a sessionmaker, scoped_session or async_sessionmaker, not {type(sessions).__name__}."
+    )
+    raise ConfigurationError(message)
+
+
+def listen_to_sessions() -> None:
+    """Listen to all sessions of the process, once: cheaper than a listener for each session that is joined."""
+    if _listening:
+        return
+    _listening.append(True)
+    event.listen(Session, "before_commit", _before_commit)
+    event.listen(Session, "after_commit", _after_commit)
+    event.listen(Session, "after_soft_rollback", _after_soft_rollback)
+    event.listen(Session, "after_transaction_end", _after_transaction_end)
+
+
+def _before_commit(session: Session) -> None:
+    if not session.in_nested_transaction():
+        for buffer in list(_sessions.get(session, {}).values()):
+            buffer.write(session)
+
+
+def _after_commit(session: Session) -> None:
+    if not session.in_nested_transaction():
+        for buffer in _sessions.get(session, {}).values():
+            buffer.committed()
+
+
+def _after_soft_rollback(session: Session, previous: SessionTransaction) -> None:
+    for buffer in _sessions.get(session, {}).values():
+        buffer.rolled_back(previous)
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    for buffer in _sessions.get(session, {}).values():
+        buffer.ended(transaction)
+
+
+def _listen_to(engine: Engine) -> None:
+    if engine in _engines:
+        return
+    _engines.add(engine)
+
+    def each(connection: Connection, action: Callable[[_ConnectionTarget], None]) -> None:
+        for target in list(_connections.get(connection, {}).values()):
+            action(target)
+
+    def forget(target: _ConnectionTarget) -> None:
+        target.frames = [("", [])]
+
+    event.listen(engine, "commit", lambda c: each(c, lambda target: target.write(c)))
+    event.listen(engine, "prepare_twophase", lambda c, _xid: each(c, lambda target: target.write(c)))
+    event.listen(engine, "rollback", lambda c: each(c, forget))
+    event.listen(engine, "savepoint", lambda c, name: each(c, lambda target: target.savepoint(name)))
+    event.listen(engine, "release_savepoint", lambda c, name, _: each(c, lambda target: target.released(name)))
+    event.listen(engine, "rollback_savepoint", lambda c, name, _: each(c, lambda target: target.rolled_back(name)))
