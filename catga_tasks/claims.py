@@ -100,7 +100,8 @@ class Claims:
     def housekeep(self, *, hostname: str, pid: int, published: int) -> None:
         """Write the heartbeat, fold away relays that are long gone, strike journal entries without rows.
 
-        An entry of a living relay always has rows: it goes in the transaction that removes the last of them.
+        An entry of a living relay always has rows: it goes in the transaction that removes the last of them. Dead
+        letters past `outbox_retention` go too.
         """
         with self._engine.begin() as connection:
             liveness.heartbeat(
@@ -110,6 +111,8 @@ class Claims:
             for entry, ids in liveness.journal(connection):
                 if entry != self._entry and not outbox.count(connection, ids):
                     liveness.journal_close(connection, entry)
+            if self._settings.outbox_retention is not None:
+                outbox.expire(connection, self._settings.outbox_retention)
 
     def forget_journal(self) -> None:
         """Clear this living relay's entries: what broke was a connection, and no row is to blame."""

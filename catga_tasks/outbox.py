@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: PostgreSQL's channel that wakes relays.
 CHANNEL = "catga_outbox"
+#: Expired dead letters that are deleted at a time: a small transaction.
+EXPIRE_BATCH = 1000
 #: A claim's place in the table: the last row's moment (ISO text) and id.
 Place = tuple[str, int]
 
@@ -153,6 +155,15 @@ def bury(connection: Connection, row: Row, *, error: str) -> None:
     parameters = {"attempts": row.attempts + 1, "history": history(connection, row, error), "error": error, "zero": 0}
     connection.execute(statement, {**parameters, "id": row.id})
     remove(connection, [row.id])
+
+
+def expire(connection: Connection, retention: float) -> int:
+    """Delete the oldest dead letters that are kept for longer than `retention` seconds; return how many."""
+    statement = text(
+        "DELETE FROM catga_dead_letters WHERE id IN (SELECT id FROM catga_dead_letters "
+        f"WHERE died_at < {later(connection, 'ago')} ORDER BY died_at LIMIT :limit)"
+    )
+    return connection.execute(statement, {"ago": -retention, "limit": EXPIRE_BATCH}).rowcount
 
 
 def suspect(connection: Connection, ids: Sequence[int]) -> None:

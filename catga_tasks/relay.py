@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import retry
 from catga_tasks.claims import Claims
-from catga_tasks.errors import LeaseLost
+from catga_tasks.errors import BrokerUnavailable, LeaseLost
 from catga_tasks.wakeup import Listener
 
 if TYPE_CHECKING:
@@ -77,12 +77,14 @@ class Relay:
     def run_once(self) -> int:
         """Publish what is due now and return how many messages the broker confirmed.
 
-        Raises SQLAlchemy's errors; an outage of the broker ends it early, with the rows left for later.
+        Raises SQLAlchemy's errors, and `BrokerUnavailable` in an outage, with the rows left for later.
         """
         try:
             self._housekeep()
-            while (taken := self._step()) and not self._stopping.is_set() and not self._failures:
-                logger.debug("Relay %s took %d rows.", self.id, taken)
+            while self._step() and not self._stopping.is_set():
+                if self._failures:
+                    message = f"The broker is out; {self.published} were published, the others stay in the outbox."
+                    raise BrokerUnavailable(message)
         finally:
             self._end()
         return self.published

@@ -1,0 +1,157 @@
+"""What does somebody who looks after the outbox see, and what can they change?
+
+Counts, dead letters, replay, discard and purge. Each change is one transaction of the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy import text
+
+from catga_tasks import liveness
+from catga_tasks.tables import MESSAGE_COLUMNS, dialect, later, now, seconds_since
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which messages: all that meet every condition given. `older_than` is in seconds."""
+
+    ids: tuple[int, ...] = ()
+    task: str | None = None
+    queue: str | None = None
+    older_than: float | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.ids or self.task or self.queue or self.older_than is not None)
+
+
+def status(connection: Connection) -> dict[str, Any]:
+    """Return the counts as `outbox status --json` prints them.
+
+    `pending` rows are due and untried, `scheduled` ones wait for their ETA, `retrying` ones failed at least once:
+    no row is counted twice. `oldest_age_seconds` is how long the longest due row has been due, or None.
+    """
+    due = f"available_at <= {now(connection)}"
+    counts = text(
+        "SELECT queue, task, "
+        f"sum(CASE WHEN attempts = 0 AND {due} THEN 1 ELSE 0 END) AS pending, "
+        f"sum(CASE WHEN attempts = 0 AND NOT {due} THEN 1 ELSE 0 END) AS scheduled, "
+        "sum(CASE WHEN attempts > 0 THEN 1 ELSE 0 END) AS retrying, 0 AS dead FROM catga_outbox GROUP BY queue, task "
+        "UNION ALL SELECT queue, task, 0, 0, 0, count(*) FROM catga_dead_letters GROUP BY queue, task"
+    )
+    states = ("pending", "scheduled", "retrying", "dead")
+    by_task: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in connection.execute(counts).mappings():
+        fresh = {"queue": row["queue"], "task": row["task"], **dict.fromkeys(states, 0)}
+        entry = by_task.setdefault((row["queue"], row["task"]), fresh)
+        for state in states:
+            entry[state] += int(row[state])
+    oldest = connection.execute(
+        text(
+            f"SELECT {seconds_since(connection, 'available_at')} FROM catga_outbox WHERE {due} "
+            "ORDER BY available_at, id LIMIT 1"
+        )
+    ).scalar()
+    return {
+        **{state: sum(entry[state] for entry in by_task.values()) for state in states},
+        "published": liveness.published(connection),
+        "oldest_age_seconds": None if oldest is None else round(max(0.0, float(oldest)), 3),
+        "relays": liveness.alive(connection),
+        "tasks": [by_task[key] for key in sorted(by_task)],
+    }
+
+
+def count(connection: Connection, table: str, selection: Selection) -> int:
+    """Return how many rows of `catga_outbox` or `catga_dead_letters` are selected."""
+    where, parameters = _where(connection, table, selection)
+    return int(connection.execute(_bound(f"SELECT count(*) FROM {table}{where}", selection), parameters).scalar_one())
+
+
+def dead_letters(connection: Connection, selection: Selection, limit: int) -> list[dict[str, Any]]:
+    """Return the dead letters, the latest first: id, task, task_id, queue, attempts, died_at, error."""
+    where, parameters = _where(connection, "catga_dead_letters", selection)
+    statement = _bound(
+        "SELECT id, task, task_id, queue, attempts, CAST(died_at AS text) AS died_at, error "
+        f"FROM catga_dead_letters{where} ORDER BY died_at DESC, id DESC LIMIT :limit",
+        selection,
+    )
+    return [dict(row) for row in connection.execute(statement, {**parameters, "limit": limit}).mappings()]
+
+
+def dead_letter(connection: Connection, number: int) -> dict[str, Any] | None:
+    """Return one dead letter whole, its headers, properties and history decoded; the body as it is stored."""
+    statement = text(
+        f"SELECT id, {', '.join(name for name in MESSAGE_COLUMNS if name != 'created_at')}, "
+        "CAST(created_at AS text) AS created_at, CAST(died_at AS text) AS died_at, error "
+        "FROM catga_dead_letters WHERE id = :id"
+    )
+    found = connection.execute(statement, {"id": number}).mappings().first()
+    if found is None:
+        return None
+    decoded = {name: _decoded(found[name]) for name in ("headers", "properties", "history")}
+    return {**found, **decoded, "body": bytes(found["body"])}
+
+
+def replay(connection: Connection, selection: Selection) -> int:
+    """Put dead letters back into the outbox, due now and with no attempts used up; return how many."""
+    names = ", ".join(name for name in MESSAGE_COLUMNS if name != "attempts")
+    where, parameters = _where(connection, "catga_dead_letters", selection)
+    insert = f"INSERT INTO catga_outbox ({names}) SELECT {names} FROM"
+    if dialect(connection) == "postgresql":
+        # One statement: two replays at once must not both see a row.
+        moved = f"WITH gone AS (DELETE FROM catga_dead_letters{where} RETURNING {names}) {insert} gone"
+        return connection.execute(_bound(moved, selection), parameters).rowcount
+    copied = connection.execute(_bound(f"{insert} catga_dead_letters{where}", selection), parameters).rowcount
+    connection.execute(_bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters)
+    return copied
+
+
+def discard(connection: Connection, selection: Selection) -> int:
+    """Delete dead letters for good; return how many."""
+    where, parameters = _where(connection, "catga_dead_letters", selection)
+    return connection.execute(_bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters).rowcount
+
+
+def purge(connection: Connection, selection: Selection) -> int:
+    """Delete messages that wait in the outbox, unsent; return how many. A relay's batch in hand isn't touched."""
+    where, parameters = _where(connection, "catga_outbox", selection)
+    if dialect(connection) == "postgresql":
+        where = f" WHERE id IN (SELECT id FROM catga_outbox{where} FOR UPDATE SKIP LOCKED)"
+    return connection.execute(_bound(f"DELETE FROM catga_outbox{where}", selection), parameters).rowcount
+
+
+def _where(connection: Connection, table: str, selection: Selection) -> tuple[str, dict[str, Any]]:
+    conditions: dict[str, tuple[str, Any]] = {}
+    if selection.ids:
+        conditions["ids"] = ("id IN :ids", list(selection.ids))
+    if selection.task:
+        conditions["task"] = ("task = :task", selection.task)
+    if selection.queue:
+        conditions["queue"] = ("queue = :queue", selection.queue)
+    if selection.older_than is not None:
+        moment = "died_at" if table == "catga_dead_letters" else "created_at"
+        conditions["ago"] = (f"{moment} < {later(connection, 'ago')}", -selection.older_than)
+    if not conditions:
+        return "", {}
+    clause = " WHERE " + " AND ".join(condition for condition, _ in conditions.values())
+    return clause, {name: value for name, (_, value) in conditions.items()}
+
+
+def _bound(statement: str, selection: Selection) -> sa.TextClause:
+    bound = text(statement)
+    return bound.bindparams(sa.bindparam("ids", expanding=True)) if selection.ids else bound
+
+
+def _decoded(value: str | None) -> Any:
+    """Decode JSON, or return the text that should have been some: a dead letter may be garbage."""
+    try:
+        return json.loads(value) if value else None
+    except ValueError:
+        return value
