@@ -23,10 +23,10 @@ from catga_tasks.producer import (
     OutboxOperationalError,
     OutboxProducer,
     backend_calls,
-    choose_delivery,
     is_retry,
 )
 from catga_tasks.relay import Relay
+from catga_tasks.task import choose_delivery
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -58,6 +58,11 @@ class Catga(Celery):
         self.add_defaults({"task_acks_late": True, "task_reject_on_worker_lost": True})
         self.user_options["worker"].add(_relay_option())
         self.steps["worker"].add("catga_tasks.embedded:RelayStep")
+
+    @cached_property
+    def Worker(self) -> Any:  # noqa: N802 - Celery's name
+        """Return the program `celery worker`, whose start checks our settings."""
+        return self.subclass_with_self("catga_tasks.embedded:Worker")
 
     @cached_property
     def catga_settings(self) -> Settings:

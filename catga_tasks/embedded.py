@@ -1,14 +1,30 @@
-"""The relay inside a worker: `celery -A app worker --outbox-relay`."""
+"""What does `celery worker` do more than Celery's? It checks our settings, and may run a relay: `--outbox-relay`."""
 
 from __future__ import annotations
 
 import threading
 from typing import TYPE_CHECKING, Any
 
+import click
 from celery import bootsteps
+from celery.apps.worker import Worker as CeleryWorker
+
+from catga_tasks import migrate
+from catga_tasks.errors import CatgaError
 
 if TYPE_CHECKING:
     from catga_tasks.relay import Relay
+
+
+class Worker(CeleryWorker):
+    """The worker as a program: a wrong setting ends it with one line, before it takes a message."""
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            _ = self.app.catga_settings
+            super().__init__(**options)
+        except CatgaError as error:
+            raise click.ClickException(str(error)) from None
 
 
 class RelayStep(bootsteps.StartStopStep):
@@ -19,10 +35,16 @@ class RelayStep(bootsteps.StartStopStep):
 
     requires = ("celery.worker.components:Pool",)
 
-    def __init__(self, _worker: Any, *, outbox_relay: bool = False, **_options: Any) -> None:
+    def __init__(self, worker: Any, *, outbox_relay: bool = False, **_options: Any) -> None:
         self.enabled = bool(outbox_relay)
         self._relay: Relay | None = None
         self._thread: threading.Thread | None = None
+        if self.enabled:
+            engine = worker.app.outbox.engine
+            with engine.connect() as connection:
+                migrate.check(connection)
+            # The pool's children are forked next: they inherit no connection.
+            engine.dispose()
 
     def start(self, worker: Any) -> None:
         """Start the thread."""

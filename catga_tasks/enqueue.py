@@ -53,7 +53,6 @@ class Outbox:
         """The engine of the outbox's database, for messages outside any transaction and for relays."""
         if self._engine is None:
             self._engine = open_engine(self._source)
-            self._waker = Waker(self._engine)
         if self._pid != os.getpid():
             # A forked child must not talk on its parent's connections, nor close them.
             self._engine.dispose(close=False)
@@ -123,9 +122,9 @@ class Outbox:
 
     def wake(self) -> None:
         """Wake the relays: something was committed."""
+        engine = self.engine
         if self._waker is None:
-            _ = self.engine
-        assert self._waker is not None  # noqa: S101 - made with the engine
+            self._waker = Waker(engine)
         self._waker.wake()
 
     def _current(self) -> Target | None:

@@ -17,7 +17,6 @@ from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
 
 from catga_tasks.brokers import generic
-from catga_tasks.config import check_delivery
 from catga_tasks.envelope import Envelope
 from catga_tasks.errors import OutboxUnavailable
 
@@ -194,11 +193,6 @@ def queue_name(queue: Any) -> str | None:
 def is_retry(task_id: str) -> bool:
     """Return whether the message is the running task's own retry: it must survive the task's rollback."""
     return bool(current_task) and current_task.request.id == task_id and not current_task.request.called_directly
-
-
-def choose_delivery(own: object, default: str, name: str) -> str:
-    """Return a task's delivery: its own, else the application's."""
-    return default if own is None else check_delivery(f"delivery of task {name}", own)
 
 
 def _eta(value: Any) -> Any:
