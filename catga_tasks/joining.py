@@ -112,14 +112,10 @@ class _SessionBuffer:
         """Drop what was enqueued in this savepoint, or in the whole transaction."""
         self._entries = [entry for entry in self._entries if not _within(entry[0], transaction)]
 
-    def ended(self, transaction: SessionTransaction) -> None:
-        """Hand the messages of a released savepoint to what surrounds it; forget what was never committed."""
-        if transaction.parent is None:
-            self._entries.clear()
-            self._written = None
-            return
-        outer = transaction.parent
-        self._entries = [(outer if tag is transaction else tag, several) for tag, several in self._entries]
+    def ended(self) -> None:
+        """Forget what was never committed: the whole transaction is over."""
+        self._entries.clear()
+        self._written = None
 
 
 def _within(transaction: SessionTransaction | None, ancestor: SessionTransaction) -> bool:
@@ -129,24 +125,28 @@ def _within(transaction: SessionTransaction | None, ancestor: SessionTransaction
 
 
 class _ConnectionTarget:
-    """A connection without a session. A stack of savepoints, the whole transaction at its bottom."""
+    """A connection without a session: each message with the names of the savepoints around it."""
 
     def __init__(self, owner: Owner, connection: Connection) -> None:
         self._owner = owner
-        self._connection = connection
-        self.frames: list[tuple[str, list[Envelope]]] = [("", [])]
+        self._connection = weakref.ref(connection)
+        self._entries: list[tuple[frozenset[str], Sequence[Envelope]]] = []
 
     def alive(self) -> bool:
-        return not self._connection.closed
+        return True
 
     def add(self, envelopes: Sequence[Envelope]) -> None:
-        self.frames[-1][1].extend(envelopes)
-        if not self._connection.in_transaction():
-            self._connection.begin()
+        connection = self._connection()
+        if connection is None or connection.closed:
+            message = "The joined connection is closed: keep it open while tasks are enqueued in it."
+            raise ConfigurationError(message)
+        self._entries.append((_savepoints(connection), envelopes))
+        if not connection.in_transaction():
+            connection.begin()
 
     def write(self, connection: Connection) -> None:
-        envelopes = [envelope for _, several in self.frames for envelope in several]
-        self.frames = [("", [])]
+        envelopes = [envelope for _, several in self._entries for envelope in several]
+        self._entries.clear()
         if not envelopes:
             return
         try:
@@ -158,23 +158,18 @@ class _ConnectionTarget:
         # every few milliseconds for a while, which finds the rows.
         self._owner.wake()
 
-    def savepoint(self, name: str) -> None:
-        self.frames.append((name, []))
+    def rolled_back(self, savepoint: str | None = None) -> None:
+        """Drop what was enqueued in this savepoint, or in the whole transaction."""
+        self._entries = [entry for entry in self._entries if savepoint is not None and savepoint not in entry[0]]
 
-    def released(self, name: str) -> None:
-        while len(self.frames) > 1:
-            inner, several = self.frames.pop()
-            self.frames[-1][1].extend(several)
-            if inner == name:
-                return
 
-    def rolled_back(self, name: str) -> None:
-        if all(known != name for known, _ in self.frames):
-            # Begun before the join: everything here was enqueued within it.
-            self.frames = [("", [])]
-            return
-        while self.frames.pop()[0] != name:
-            continue
+def _savepoints(connection: Connection) -> frozenset[str]:
+    names = set()
+    savepoint = connection.get_nested_transaction()
+    while savepoint is not None:
+        names.add(savepoint._savepoint)
+        savepoint = savepoint._previous_nested
+    return frozenset(names)
 
 
 _sessions: weakref.WeakKeyDictionary[Session, dict[Owner, _SessionBuffer]] = weakref.WeakKeyDictionary()
@@ -261,8 +256,9 @@ def _after_soft_rollback(session: Session, previous: SessionTransaction) -> None
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    for buffer in _sessions.get(session, {}).values():
-        buffer.ended(transaction)
+    if transaction.parent is None:
+        for buffer in _sessions.get(session, {}).values():
+            buffer.ended()
 
 
 def _listen_to(engine: Engine) -> None:
@@ -274,12 +270,7 @@ def _listen_to(engine: Engine) -> None:
         for target in list(_connections.get(connection, {}).values()):
             action(target)
 
-    def forget(target: _ConnectionTarget) -> None:
-        target.frames = [("", [])]
-
     event.listen(engine, "commit", lambda c: each(c, lambda target: target.write(c)))
     event.listen(engine, "prepare_twophase", lambda c, _xid: each(c, lambda target: target.write(c)))
-    event.listen(engine, "rollback", lambda c: each(c, forget))
-    event.listen(engine, "savepoint", lambda c, name: each(c, lambda target: target.savepoint(name)))
-    event.listen(engine, "release_savepoint", lambda c, name, _: each(c, lambda target: target.released(name)))
+    event.listen(engine, "rollback", lambda c: each(c, lambda target: target.rolled_back()))
     event.listen(engine, "rollback_savepoint", lambda c, name, _: each(c, lambda target: target.rolled_back(name)))
