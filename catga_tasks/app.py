@@ -15,7 +15,7 @@ from celery.utils import cached_property
 from kombu.utils.json import loads
 
 from catga_tasks import bulk
-from catga_tasks.brokers import KombuPublisher, Publisher, RedisPublisher
+from catga_tasks.brokers import KombuPublisher, Publisher
 from catga_tasks.config import Settings
 from catga_tasks.enqueue import Outbox
 from catga_tasks.errors import ConfigurationError, OutboxUnavailable
@@ -139,7 +139,9 @@ class Catga(Celery):
     def publisher(self) -> Publisher:
         """Return the publisher for this application's broker."""
         connection = self._publishing_connection()
-        kind = RedisPublisher if connection.transport.driver_type == "redis" else KombuPublisher
+        kind = KombuPublisher
+        if connection.transport.driver_type == "redis":
+            from catga_tasks.brokers.redis import RedisPublisher as kind  # noqa: N813 - the class of this broker
         return kind(self._publishing_connection, self.amqp.entities, self._call_backend)
 
     def _publishing_connection(self) -> Connection:
@@ -177,10 +179,17 @@ class Catga(Celery):
         _defer(backend)
         return backend
 
+    @cached_property
+    def _relays_backend(self) -> Backend:
+        """Return the result backend for relays: a lost connection is tried again once, for a batch waits meanwhile."""
+        backend = self._get_backend()
+        backend.retry_policy = {**backend.retry_policy, "max_retries": 1, "interval_start": 0.1}
+        return backend
+
     def _call_backend(self, calls: str) -> None:
         """Make the calls to the result backend that a message carries, before it is published."""
         for method, *arguments in json.loads(calls):
-            original = getattr(self.backend, f"catga_{method}")
+            original = getattr(self._relays_backend, f"catga_{method}")
             if method == "apply_chord":
                 group = result_from_tuple(arguments[0], app=self)
                 original((group.id, group.results), None)

@@ -8,6 +8,5 @@ from __future__ import annotations
 
 from catga_tasks.brokers.contract import Publisher, Receipt
 from catga_tasks.brokers.generic import KombuPublisher
-from catga_tasks.brokers.redis import RedisPublisher
 
-__all__ = ["KombuPublisher", "Publisher", "Receipt", "RedisPublisher"]
+__all__ = ["KombuPublisher", "Publisher", "Receipt"]

@@ -93,12 +93,17 @@ class KombuPublisher:
         try:
             self.producer()
             self._declare(row)
-            if row.envelope.backend_calls is not None:
-                self._call_backend(row.envelope.backend_calls)
         except MessageRejected:
             raise
         except Exception as error:
             self._give_up(error)
+        if row.envelope.backend_calls is not None:
+            try:
+                self._call_backend(row.envelope.backend_calls)
+            except Exception as error:
+                # Only the chords wait for the result backend; the broker takes everything else.
+                message = f"The result backend failed before the message was sent: {describe(error)}"
+                raise MessageRejected(message) from error
 
     def _declare(self, row: Row) -> None:
         envelope = row.envelope
