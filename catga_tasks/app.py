@@ -6,12 +6,12 @@ import json
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from celery.backends.base import Backend
 from celery.result import result_from_tuple
-from celery.utils import cached_property
 from kombu.utils.json import loads
 
 from catga_tasks import bulk
