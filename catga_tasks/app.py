@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery
 from celery.backends.base import Backend
 from celery.result import result_from_tuple
+from kombu.exceptions import OperationalError
 from kombu.utils.json import loads
 
 from catga_tasks import bulk
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
     from catga_tasks.database import Source
     from catga_tasks.envelope import Envelope
+
+logger = logging.getLogger("catga_tasks")
 
 _collector: ContextVar[list[Envelope] | None] = ContextVar("catga_collector", default=None)
 
@@ -156,6 +160,12 @@ class Catga(Celery):
     def _announce(self, envelopes: list[Envelope]) -> None:
         """Send Celery's task-sent events of messages that the broker confirmed."""
         wanted = [envelope for envelope in envelopes if envelope.send_event]
+        try:
+            self._send_events(wanted)
+        except OperationalError as error:
+            logger.warning("%d task-sent events were not sent: %s", len(wanted), type(error).__name__)
+
+    def _send_events(self, wanted: list[Envelope]) -> None:
         if not wanted:
             return
         with self.events.default_dispatcher() as dispatcher:

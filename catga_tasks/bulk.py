@@ -133,7 +133,9 @@ def _shown(app: Catga, args: Any) -> str:
     """Return Celery's representation of the arguments; of plain numbers it is Python's own."""
     if type(args) is tuple and len(args) < 8 and all(type(arg) in _SIMPLE for arg in args):  # noqa: PLR2004 - short
         return repr(args)
-    return str(saferepr(args, app.amqp.argsrepr_maxsize, maxlevels=app.conf.task_repr_maxlevels))
+    return str(
+        saferepr(args, app.amqp.argsrepr_maxsize, maxlevels=app.conf.get("task_repr_maxlevels", 3))
+    )  # Celery 5.6 has no such setting
 
 
 def _pieces(text: str, marks: tuple[str, ...]) -> list[tuple[str, int]]:

@@ -16,11 +16,12 @@ from celery.bin.base import COMMA_SEPARATED_LIST, LOG_LEVEL, CeleryCommand, Cele
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import admin, migrate
 from catga_tasks.admin import Selection
 from catga_tasks.app import Catga
+from catga_tasks.database import in_one_line
 from catga_tasks.errors import CatgaError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _command(group: click.Group, name: str) -> Callable[[Callable[..., None]], c
             try:
                 function(_application(click.get_current_context()), **options)
             except (CatgaError, SQLAlchemyError) as error:
-                raise click.ClickException(_one_line(error)) from None
+                raise click.ClickException(in_one_line(error)) from None
 
         return run
 
@@ -172,7 +173,7 @@ def status_command(app: Catga, *, as_json: bool) -> None:
             found = admin.status(connection)
     except (CatgaError, SQLAlchemyError) as error:
         click.echo(
-            json.dumps({"error": _one_line(error)}) if as_json else f"Error: {_one_line(error)}", err=not as_json
+            json.dumps({"error": in_one_line(error)}) if as_json else f"Error: {in_one_line(error)}", err=not as_json
         )
         context.exit(NO_DATABASE)
     waiting = found["oldest_age_seconds"] is not None
@@ -340,18 +341,6 @@ def _application(context: click.Context) -> Catga:
         message = "-A must name a Catga application: put Catga(...) where Celery(...) is."
         raise click.UsageError(message)
     return app
-
-
-def _one_line(error: Exception) -> str:
-    """Say what is wrong in one line, and no secret with it."""
-    if not isinstance(error, DBAPIError):
-        return " ".join(str(error).split())
-    original = str(error.orig).strip().partition("\n")[0]
-    # Whatever the driver repeats of the URL.
-    original = re.sub(r"(password\s*=\s*|://[^:/@\s]+:)[^@\s]+", r"\1***", original)
-    if getattr(error.orig, "sqlstate", None) == "42501":
-        return f"The database refuses it: {original}. Grant the outbox's tables to this user."
-    return f"The database can't be used: {original} (check outbox_url and that the server is up)."
 
 
 def _console() -> Console:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sqlalchemy import create_engine
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
@@ -57,6 +58,18 @@ def refuse_missing_table(error: SQLAlchemyError) -> None:
     if getattr(original, "sqlstate", None) == "42P01" or "no such table" in str(original):
         message = "The outbox's tables are missing: run `celery -A <your app> outbox migrate` on this database."
         raise MigrationRequired(message) from None
+
+
+def in_one_line(error: Exception) -> str:
+    """Say what is wrong in one line, and no secret with it."""
+    if not isinstance(error, DBAPIError):
+        return " ".join(str(error).split())
+    words = str(error.orig).strip().partition("\n")[0]
+    # Whatever the driver repeats of the URL.
+    words = re.sub(r"(password\s*=\s*|://[^:/@\s]+:)[^@\s]+", r"\1***", words)
+    if getattr(error.orig, "sqlstate", None) == "42501":
+        return f"The database refuses it: {words}. Grant the outbox's tables to this user."
+    return f"The database can't be used: {words} (check outbox_url and that the server is up)."
 
 
 def _bound(sessions: sessionmaker[Any]) -> Engine:

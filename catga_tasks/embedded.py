@@ -9,7 +9,10 @@ import click
 from celery import bootsteps
 from celery.apps.worker import Worker as CeleryWorker
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from catga_tasks import migrate
+from catga_tasks.database import in_one_line
 from catga_tasks.errors import CatgaError
 
 if TYPE_CHECKING:
@@ -23,8 +26,8 @@ class Worker(CeleryWorker):
         try:
             _ = self.app.catga_settings
             super().__init__(**options)
-        except CatgaError as error:
-            raise click.ClickException(str(error)) from None
+        except (CatgaError, SQLAlchemyError) as error:
+            raise click.ClickException(in_one_line(error)) from None
 
 
 class RelayStep(bootsteps.StartStopStep):

@@ -106,6 +106,12 @@ class Relay:
             logger.warning("Relay %s: %s", self.id, error)
         except SQLAlchemyError as error:
             self._database_failed(error)
+        except Exception:
+            # Whatever it is, a relay that ends would leave the messages waiting.
+            logger.exception("Relay %s failed at a batch and goes on; its rows are released.", self.id)
+            self._claims.release()
+            self._failures += 1
+            self._wait_out()
 
     def _step(self) -> int:
         """Take a batch, publish it, settle it; return how many rows were taken."""
