@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, overload
 
 from celery import signals
@@ -111,9 +110,9 @@ def _template(app: Catga, task: Any, options: dict[str, Any], count: int) -> Cal
     properties = _pieces(first.properties, (_ID,))
     body_before, body_after = first.body.decode().split(dumps(marks), 1)
     constants = {
-        field.name: getattr(first, field.name)
-        for field in fields(Envelope)
-        if field.name not in ("task_id", "headers", "properties", "body")
+        name: value
+        for name, value in first._asdict().items()
+        if name not in ("task_id", "headers", "properties", "body")
     }
 
     def build(task_id: str, args: Any) -> Envelope:

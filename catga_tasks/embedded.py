@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from celery import bootsteps
 from celery.apps.worker import Worker as CeleryWorker
-
 from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import migrate

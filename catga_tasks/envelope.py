@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import uuid
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from catga_tasks.errors import MessageRejected
 
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """One message as kombu would have published it: serialized, compressed, with its headers and properties.
 
     `headers` and `properties` are JSON text in kombu's dialect, kept as text so that a relay can send them on
@@ -47,12 +45,11 @@ class Envelope:
     eta: datetime | None = None
 
 
-#: The columns that a row and its envelope share, in the order of `Envelope`'s fields.
-STORED = tuple(field.name for field in fields(Envelope) if field.name not in ("delay", "eta"))
+#: The columns that a row and its envelope share: the first fields of `Envelope`, in their order.
+STORED = tuple(name for name in Envelope._fields if name not in ("delay", "eta"))
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A claimed row: its envelope, its place in the table and what became of earlier attempts."""
 
     id: int
@@ -85,24 +82,31 @@ def outgoing(row: Row) -> Envelope:
     if envelope.expiration is not None:
         properties["expiration"] = str(max(0, int((envelope.expiration - row.age) * 1000)))
         changes["properties"] = json.dumps(properties)
-    return replace(envelope, **changes) if changes else envelope
+    return envelope._replace(**changes) if changes else envelope
 
 
-def virtual_message(envelope: Envelope) -> str:
+def virtual_message(envelope: Envelope, tag: str) -> str:
     """Return the JSON that kombu's virtual transports (Redis) put on a queue, without building it as objects.
 
-    The shape is kombu's own (`kombu.transport.virtual.Channel.prepare_message`); a test compares the two. The
-    delivery tag is made afresh for each publish, for it names one delivery in Redis' table of unacknowledged ones.
+    The shape is kombu's own (`kombu.transport.virtual.Channel.prepare_message`); a test compares the two. `tag` is new
+    for each publish, for it names one delivery in Redis' table of unacknowledged ones.
     """
-    body = base64.b64encode(envelope.body).decode("ascii")
-    delivery_info = json.dumps({"exchange": envelope.exchange, "routing_key": envelope.routing_key})
-    separator = ", " if envelope.properties != "{}" else ""
-    return (
-        f'{{"body": "{body}", "content-encoding": {json.dumps(envelope.content_encoding)}, '
-        f'"content-type": {json.dumps(envelope.content_type)}, "headers": {envelope.headers}, '
-        f'"properties": {envelope.properties[:-1]}{separator}"delivery_info": {delivery_info}, '
-        f'"priority": {envelope.priority or 0}, "body_encoding": "base64", "delivery_tag": "{uuid.uuid4()}"}}}}'
+    head, delivery_info = _frame(
+        envelope.content_encoding, envelope.content_type, envelope.exchange, envelope.routing_key
     )
+    properties = "{" if envelope.properties == "{}" else f"{envelope.properties[:-1]}, "
+    return (
+        f'{{"body": "{base64.b64encode(envelope.body).decode("ascii")}", {head}, "headers": {envelope.headers}, '
+        f'"properties": {properties}"delivery_info": {delivery_info}, '
+        f'"priority": {envelope.priority or 0}, "body_encoding": "base64", "delivery_tag": "{tag}"}}}}'
+    )
+
+
+@lru_cache(maxsize=1024)
+def _frame(content_encoding: str, content_type: str, exchange: str, routing_key: str) -> tuple[str, str]:
+    """Return the parts of a virtual message that are the same for all messages of a queue."""
+    head = f'"content-encoding": {json.dumps(content_encoding)}, "content-type": {json.dumps(content_type)}'
+    return head, json.dumps({"exchange": exchange, "routing_key": routing_key})
 
 
 def _decode(what: str, text: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ PostgreSQL and SQLite. Times that decide anything are computed by the database.
 from __future__ import annotations
 
 import json
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -40,7 +39,7 @@ _ADD = {
     ).bindparams(sa.bindparam("eta", type_=UTCDateTime)),
 }
 _COPY = f"COPY catga_outbox ({_NAMES}) FROM STDIN"
-_stored = attrgetter(*STORED)
+_COUNT = len(STORED)
 
 
 def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
@@ -49,7 +48,7 @@ def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
         ready = [envelope for envelope in envelopes if not _scheduled(envelope)]
         with cursor, cursor.copy(_COPY) as copy:
             for envelope in ready:
-                copy.write_row(_stored(envelope))
+                copy.write_row(envelope[:_COUNT])
         envelopes = [envelope for envelope in envelopes if _scheduled(envelope)]
     if envelopes:
         connection.execute(_ADD[dialect(connection)], [_parameters(envelope) for envelope in envelopes])
@@ -201,7 +200,7 @@ def _scheduled(envelope: Envelope) -> bool:
 
 
 def _parameters(envelope: Envelope) -> dict[str, Any]:
-    values = dict(zip(STORED, _stored(envelope), strict=True))
+    values = dict(zip(STORED, envelope[:_COUNT], strict=True))
     return {**values, "eta": envelope.eta, "delay": envelope.delay, "scheduled": _scheduled(envelope)}
 
 
@@ -223,16 +222,11 @@ def _by_ids(connection: Connection, statement: str, ids: Sequence[int]) -> None:
     connection.execute(many, {"ids": list(ids)})
 
 
-def _row(values: Any, *, postgresql: bool) -> Row:
-    stored = dict(zip(STORED, values[1 : 1 + len(STORED)], strict=True))
-    if not postgresql:
-        stored["send_event"] = bool(stored["send_event"])
-    return Row(
-        id=values.id,
-        envelope=Envelope(**stored),
-        attempts=values.attempts,
-        history=values.history,
-        suspect=bool(values.suspect),
-        age=float(values.age),
-        scheduled=bool(values.scheduled),
-    )
+def _row(values: Sequence[Any], *, postgresql: bool) -> Row:
+    """Build a row from a statement's first columns: id, the stored ones, attempts, history, the flags and the age."""
+    envelope = Envelope(*values[1 : 1 + _COUNT])
+    attempts, history, suspect, scheduled, age = values[1 + _COUNT : 6 + _COUNT]
+    if postgresql:
+        return Row(values[0], envelope, attempts, history, suspect, age, scheduled)
+    envelope = envelope._replace(send_event=bool(envelope.send_event))
+    return Row(values[0], envelope, attempts, history, bool(suspect), float(age), bool(scheduled))

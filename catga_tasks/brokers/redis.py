@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from redis import exceptions
@@ -70,6 +71,8 @@ class RedisPublisher(KombuPublisher):
 
     def _pushes(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, str, str]]:
         pushes = []
+        # A random name for the batch, with the row's number: one for each message took a fifth of the time.
+        batch = uuid.uuid4()
         for row in rows:
             if row.envelope.exchange:
                 continue
@@ -81,7 +84,13 @@ class RedisPublisher(KombuPublisher):
                 continue
             channel = self.producer().channel
             priority = min(max(envelope.priority or 0, channel.min_priority), channel.max_priority)
-            pushes.append((row, channel._q_for_pri(envelope.routing_key, priority), virtual_message(envelope)))
+            pushes.append(
+                (
+                    row,
+                    channel._q_for_pri(envelope.routing_key, priority),
+                    virtual_message(envelope, f"{batch}-{row.id}"),
+                )
+            )
         return pushes
 
     def _execute(self, pushes: list[tuple[Row, str, str]], receipt: Receipt) -> None:
