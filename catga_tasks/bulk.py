@@ -8,27 +8,29 @@ cut out of the built message once and filled in for each call. Where that could 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from celery import signals
 from celery.result import AsyncResult
-from celery.utils import uuid
 from celery.utils.saferepr import saferepr
-from kombu.utils.json import dumps
+from kombu.utils.json import JSONEncoder, dumps
 
-from catga_tasks.envelope import Envelope
 from catga_tasks.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from catga_tasks.app import Catga
+    from catga_tasks.envelope import Envelope
 
 _ID = "catga-bulk-id"
 _ARGUMENTS = "catga-bulk-arguments"
 #: Celery cuts the representation of longer arguments short, mark and all.
 _MOST_ARGUMENTS = 16
+#: A random digit as the digit that says which variant of UUID it is.
+_VARIANT = {digit: "89ab"[int(digit, 16) % 4] for digit in "0123456789abcdef"}
 _SIMPLE = frozenset((int, float, bool, type(None)))
 
 
@@ -66,10 +68,10 @@ def send(app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: d
     if _uniform(app, options) and 0 < len(calls[0]) <= _MOST_ARGUMENTS:
         build = _template(app, task, options, len(calls[0]))
         check = task.__header__ if app.strict_typing and task.typing else None
-        for args in calls:
+        for task_id, args in zip(_ids(len(calls)), calls, strict=True):
             if check is not None:
                 check(*args)
-            envelopes.append(build(uuid(), args))
+            envelopes.append(build(task_id, args))
     else:
         with app.collecting(envelopes):
             for args in calls:
@@ -106,26 +108,35 @@ def _template(app: Catga, task: Any, options: dict[str, Any], count: int) -> Cal
     with app.collecting(collected):
         task.apply_async(marks, task_id=_ID, add_to_parent=False, **options)
     first = collected[0]
-    headers = _pieces(first.headers, (_ID, saferepr(marks)))
-    properties = _pieces(first.properties, (_ID,))
+    headers = _format(first.headers, id=_ID, shown=saferepr(marks))
+    properties = _format(first.properties, id=_ID)
     body_before, body_after = first.body.decode().split(dumps(marks), 1)
-    constants = {
-        name: value
-        for name, value in first._asdict().items()
-        if name not in ("task_id", "headers", "properties", "body")
-    }
+    encode = JSONEncoder().encode
 
     def build(task_id: str, args: Any) -> Envelope:
-        shown = json.dumps(_shown(app, args))[1:-1]
-        return Envelope(
+        return first._replace(
             task_id=task_id,
-            headers=_filled(headers, (task_id, shown)),
-            properties=_filled(properties, (task_id,)),
-            body=f"{body_before}{dumps(args)}{body_after}".encode(),
-            **constants,
+            headers=headers % {"id": task_id, "shown": json.dumps(_shown(app, args))[1:-1]},
+            properties=properties % {"id": task_id},
+            body=f"{body_before}{encode(args)}{body_after}".encode(),
         )
 
     return build
+
+
+def _format(text: str, **marks: str) -> str:
+    """Turn JSON into a format string: each mark, as it stands in a JSON string, becomes the field of its name."""
+    text = text.replace("%", "%%")
+    for name, mark in marks.items():
+        text = text.replace(json.dumps(mark)[1:-1].replace("%", "%%"), f"%({name})s")
+    return text
+
+
+def _ids(count: int) -> list[str]:
+    """Return random UUIDs (version 4, RFC 9562) as text, from one draw: `uuid.uuid4` would take a fifth of the time."""
+    digits = os.urandom(16 * count).hex()
+    ids = (digits[start : start + 32] for start in range(0, 32 * count, 32))
+    return [f"{i[:8]}-{i[8:12]}-4{i[13:16]}-{_VARIANT[i[16]]}{i[17:20]}-{i[20:]}" for i in ids]
 
 
 def _shown(app: Catga, args: Any) -> str:
@@ -135,21 +146,3 @@ def _shown(app: Catga, args: Any) -> str:
     return str(
         saferepr(args, app.amqp.argsrepr_maxsize, maxlevels=app.conf.get("task_repr_maxlevels", 3))
     )  # Celery 5.6 has no such setting
-
-
-def _pieces(text: str, marks: tuple[str, ...]) -> list[tuple[str, int]]:
-    """Cut the text at its marks: each piece with the number of the mark that follows it, the last with -1."""
-    pieces = [(text, -1)]
-    for number, mark in enumerate(marks):
-        escaped = json.dumps(mark)[1:-1]
-        cut: list[tuple[str, int]] = []
-        for piece, following in pieces:
-            *before, last = piece.split(escaped)
-            cut += [(part, number) for part in before]
-            cut.append((last, following))
-        pieces = cut
-    return pieces
-
-
-def _filled(pieces: list[tuple[str, int]], values: tuple[str, ...]) -> str:
-    return "".join(piece + values[mark] if mark >= 0 else piece for piece, mark in pieces)
