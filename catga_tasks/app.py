@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery
 from celery.backends.base import Backend
 from celery.result import result_from_tuple
-from kombu.exceptions import OperationalError
 from kombu.utils.json import loads
 
 from catga_tasks import bulk
@@ -162,13 +161,16 @@ class Catga(Celery):
         wanted = [envelope for envelope in envelopes if envelope.send_event]
         try:
             self._send_events(wanted)
-        except OperationalError as error:
+        except Exception as error:  # noqa: BLE001 - an event is worth no relay
             logger.warning("%d task-sent events were not sent: %s", len(wanted), type(error).__name__)
 
     def _send_events(self, wanted: list[Envelope]) -> None:
         if not wanted:
             return
-        with self.events.default_dispatcher() as dispatcher:
+        with (
+            self._publishing_connection() as connection,
+            self.events.Dispatcher(connection, buffer_while_offline=False) as dispatcher,
+        ):
             for envelope in wanted:
                 headers = loads(envelope.headers)
                 fields = {name: headers.get(name) for name in ("root_id", "parent_id", "retries", "eta", "expires")}

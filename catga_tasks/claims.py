@@ -49,6 +49,7 @@ class Claims:
         self._next_sweep: dict[str | None, float] = {}
         self._renew_lease = 0.0
         self._suspects_turn = False
+        self._taken = 0
 
     def take(self) -> list[Row]:
         """Claim the next rows and write them into the journal; an empty list if there are none."""
@@ -66,6 +67,7 @@ class Claims:
                     work.commit()
                     continue
                 self._entry = entry
+                self._taken = len(chosen)
                 self._hold(work)
                 return chosen
 
@@ -86,11 +88,24 @@ class Claims:
                 liveness.journal_close(work, self._entry)
             work.commit()
         self._entry = None
+        if len(confirmed) + len(rejected) < self._taken:
+            self._places.clear()
         return dead
+
+    def doubt(self, rows: Sequence[Row]) -> None:
+        """Put back a batch that failed as a whole: its rows are suspects, published one at a time."""
+        work = self._open()
+        with _released_on_error(self):
+            outbox.suspect(work, [row.id for row in rows])
+            if self._entry is not None:
+                liveness.journal_close(work, self._entry)
+            work.commit()
+        self._entry = None
 
     def release(self) -> None:
         """Let go of whatever is in hand, and of the connections, which may be broken."""
         self._entry = None
+        self._places.clear()
         self._renew_lease = 0.0
         for connection in (self._work, self._side):
             if connection is not None:

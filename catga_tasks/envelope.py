@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,6 +81,9 @@ def outgoing(row: Row) -> Envelope:
         headers["catga_eta"], headers["eta"] = headers["eta"], None
         changes["headers"] = json.dumps(headers)
     if envelope.expiration is not None:
+        if not math.isfinite(envelope.expiration):
+            message = f"The row's expiration is {envelope.expiration}, not a number of seconds."
+            raise MessageRejected(message)
         properties["expiration"] = str(max(0, int((envelope.expiration - row.age) * 1000)))
         changes["properties"] = json.dumps(properties)
     return envelope._replace(**changes) if changes else envelope
@@ -112,7 +116,7 @@ def _frame(content_encoding: str, content_type: str, exchange: str, routing_key:
 def _decode(what: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         message = f"The row's {what} can't be decoded: {error}"
         raise MessageRejected(message) from error
     if not isinstance(value, dict):

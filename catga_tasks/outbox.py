@@ -173,7 +173,12 @@ def suspect(connection: Connection, ids: Sequence[int]) -> None:
 
 def history(connection: Connection, row: Row, error: str) -> str:
     """Return the row's history with one attempt more, stamped by the database's clock."""
-    entries = json.loads(row.history) if row.history else []
+    try:
+        entries = json.loads(row.history or "[]")
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, list):
+        entries = [{"attempt": row.attempts, "error": f"unreadable history: {row.history}"}]
     moment = connection.execute(text(f"SELECT CAST({now(connection)} AS text)")).scalar_one()
     entries.append({"attempt": row.attempts + 1, "at": moment, "error": error})
     return json.dumps(entries)

@@ -145,8 +145,8 @@ class OutboxAMQP(AMQP):
 
     def envelope(self, prepared: dict[str, Any], message: Any, queue: str | None) -> Envelope:
         """Turn a prepared message into an envelope."""
-        headers, properties = prepared["headers"], dict(prepared["properties"])
-        expiration = properties.pop("expiration", None)
+        headers, properties = prepared["headers"], prepared["properties"]
+        expiration = properties.get("expiration")
         queue = queue or prepared["routing_key"]
         countdown = getattr(message, "countdown", None)
         eta = None if countdown else _eta(headers.get("eta"))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import retry
+from catga_tasks.brokers.contract import Receipt
 from catga_tasks.claims import Claims
 from catga_tasks.errors import BrokerUnavailable, LeaseLost
 from catga_tasks.wakeup import Listener
@@ -122,6 +123,13 @@ class Relay:
         started = time.monotonic()
         try:
             receipt = self._publisher.publish(rows)
+        except Exception as problem:
+            # Nobody foresaw it, so a row may be to blame: each is tried alone, and one that fails alone is counted.
+            logger.exception("Relay %s: the publisher failed.", self.id)
+            if len(rows) > 1:
+                self._claims.doubt(rows)
+                return len(rows)
+            receipt = Receipt(rejected=[(rows[0], f"{type(problem).__name__}: {problem}")])
         except BaseException:
             self._claims.release()
             self._claims.forget_journal()

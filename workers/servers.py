@@ -154,8 +154,10 @@ class RedisServer(Server):
 
     def _command(self) -> list[str]:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
-        # The data outlive a SIGKILL, as a broker's must: every write is in the file before it is answered.
-        return [redis_binary(), *options, "--save", "", "--appendonly", "yes", *self.arguments]
+        # The data outlive a SIGKILL, as a broker's must: every write is in the file before it is answered. ("everysec"
+        # answers first while an fsync is under way.)
+        durable = ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+        return [redis_binary(), *options, *durable, *self.arguments]
 
 
 class PostgresServer(Server):

@@ -110,7 +110,7 @@ class KombuPublisher:
         key = (envelope.queue, envelope.declarations)
         if key in self._declared:
             return
-        entities = self._entities(envelope.queue) if envelope.declarations is None else restore(envelope.declarations)
+        entities = self._entities(envelope.queue) if envelope.declarations is None else _restored(envelope.declarations)
         for entity in entities:
             self.producer().maybe_declare(entity)
         self._declared.add(key)
@@ -150,6 +150,16 @@ def dump(entities: Sequence[Any]) -> str:
 def restore(text: str) -> list[Any]:
     """Return the entities of `dump`."""
     return [_entity(declaration) for declaration in json.loads(text)]
+
+
+def _restored(text: str) -> list[Any]:
+    try:
+        return restore(text)
+    except MessageRejected:
+        raise
+    except Exception as error:
+        message = f"The row's declarations can't be decoded: {describe(error)}"
+        raise MessageRejected(message) from error
 
 
 def _dict(entity: Any) -> dict[str, Any]:

@@ -113,12 +113,20 @@ class RedisPublisher(KombuPublisher):
             self.close()
             self.ping()
             raise _BatchFailed from error
+        again: list[Row] = []
         for entries, reply in zip(keys.values(), replies, strict=False):
             if isinstance(reply, Exception):
                 self._judge(reply)
-                receipt.rejected.extend((row, describe(reply)) for row, _ in entries)
+                if "Protocol error" in str(reply):
+                    self.close()  # Redis closes the connection after it
+                if len(entries) == 1:
+                    receipt.rejected.append((entries[0][0], describe(reply)))
+                else:
+                    # One of them is at fault, and the answer is to all of them.
+                    again.extend(row for row, _ in entries)
             else:
                 receipt.confirmed.extend(row for row, _ in entries)
+        self._one_by_one(again, receipt)
 
     def _one_by_one(self, rows: Sequence[Row], receipt: Receipt) -> None:
         for row in rows:
