@@ -98,9 +98,12 @@ class Outbox:
         `independent` keeps them out of the current transaction: a retry must survive its rollback. Raises
         `TransactionRequired`, `MigrationRequired` or `OutboxUnavailable`; nothing was enqueued then.
         """
-        target = None if independent else self._current()
-        if target is not None:
+        target = self._current()
+        if target is not None and not independent:
             target.add(envelopes)
+            return
+        if target is not None and self.engine.dialect.name == "sqlite" and target.postpone(envelopes):
+            # SQLite has one writer, which may be the current transaction.
             return
         if self._require_transaction and not independent:
             message = (
@@ -108,6 +111,10 @@ class Outbox:
                 "use `with app.outbox.join(session):`, or track your sessionmaker with app.outbox.track()."
             )
             raise TransactionRequired(message)
+        self.insert(envelopes)
+
+    def insert(self, envelopes: Sequence[Envelope]) -> None:
+        """Enqueue messages in a transaction of their own; raise as `add` does."""
         try:
             with self.engine.begin() as connection:
                 outbox.add(connection, envelopes)

@@ -32,6 +32,9 @@ class Owner(Protocol):
     def wake(self) -> None:
         """Wake the relays: something was committed."""
 
+    def insert(self, envelopes: Sequence[Envelope]) -> None:
+        """Enqueue messages in a transaction of their own."""
+
 
 class Target(Protocol):
     """A transaction that messages are enqueued in."""
@@ -41,6 +44,9 @@ class Target(Protocol):
 
     def alive(self) -> bool:
         """Return whether the transaction can still take messages."""
+
+    def postpone(self, envelopes: Sequence[Envelope]) -> bool:
+        """Enqueue the messages by themselves once the transaction is over, however it ends; False if that can't be."""
 
 
 class SessionTarget:
@@ -68,6 +74,14 @@ class SessionTarget:
             session.begin()
         _buffer(self._owner, session).add(session, envelopes)
 
+    def postpone(self, envelopes: Sequence[Envelope]) -> bool:
+        """Keep the messages for the moment after the session's transaction."""
+        session = self._session()
+        if session is None or not session.in_transaction():
+            return False
+        _buffer(self._owner, session).postponed += envelopes
+        return True
+
 
 class _SessionBuffer:
     """What is enqueued in a session's transaction, each message with the savepoint that it belongs to."""
@@ -76,6 +90,7 @@ class _SessionBuffer:
         self._owner = owner
         self._entries: list[tuple[SessionTransaction, Sequence[Envelope]]] = []
         self._written: SessionTransaction | None = None
+        self.postponed: list[Envelope] = []
 
     def add(self, session: Session, envelopes: Sequence[Envelope]) -> None:
         transaction = session.get_nested_transaction() or session.get_transaction()
@@ -113,9 +128,12 @@ class _SessionBuffer:
         self._entries = [entry for entry in self._entries if not _within(entry[0], transaction)]
 
     def ended(self) -> None:
-        """Forget what was never committed: the whole transaction is over."""
+        """Forget what was never committed, and enqueue what was postponed: the whole transaction is over."""
         self._entries.clear()
         self._written = None
+        if self.postponed:
+            envelopes, self.postponed = self.postponed, []
+            self._owner.insert(envelopes)
 
 
 def _within(transaction: SessionTransaction | None, ancestor: SessionTransaction) -> bool:
@@ -143,6 +161,10 @@ class _ConnectionTarget:
         self._entries.append((_savepoints(connection), envelopes))
         if not connection.in_transaction():
             connection.begin()
+
+    def postpone(self, _envelopes: Sequence[Envelope]) -> bool:
+        # The core has no event after a transaction's end.
+        return False
 
     def write(self, connection: Connection) -> None:
         envelopes = [envelope for _, several in self._entries for envelope in several]
