@@ -282,3 +282,18 @@ def test_25_a_worker_with_a_wrong_setting(shop, processes):
     assert worker.wait_exit() == 1
     assert "did you mean outbox_batch_size?" in worker.log()
     assert "Traceback" not in worker.log()
+
+
+def test_26_no_secret_is_printed(own_redis, shop, processes, database_url):
+    """A broker's password that is wrong, a broker that isn't there, and a database user without a right."""
+    broker = own_redis("--requirepass", "other-secret")
+    shop.charge.delay(1)
+    for url in (broker.url.replace("redis://", "redis://:geheim@"), "redis://:geheim@127.0.0.1:1/0"):
+        printed = shop.run("relay", "--once", "--loglevel", "DEBUG", status=1, BROKER=url)
+        assert "The broker is out" in printed
+        assert "geheim" not in printed
+        assert shop.pending() == 1
+    right = broker.url.replace("redis://", "redis://:other-secret@")
+    printed = shop.run("relay", "--once", "--loglevel", "DEBUG", BROKER=right)
+    assert "1 published." in printed
+    assert "other-secret" not in printed + shop.run("status") + shop.run("status", "--json")

@@ -6,6 +6,7 @@ import asyncio
 import threading
 
 import pytest
+from celery import chord
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, func, insert, make_url, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -483,5 +484,7 @@ def test_16_without_broker_and_result_backend_it_returns_at_once(engine):
     result = charge.delay(1)
     charge.apply_async((2,), link=charge.si(3))
     (charge.si(4) | charge.si(5)).delay()
+    chord([charge.si(6), charge.si(7)], charge.si(8)).delay()
+    charge.delay_many([(9,), (10,)])
     assert result.id
-    assert len(stored(engine)) == 3
+    assert len(stored(engine)) == 7
