@@ -11,11 +11,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
-from celery.backends.base import Backend
 from celery.result import result_from_tuple
 from kombu.utils.json import loads
 
-from catga_tasks import bulk
+from catga_tasks import bulk, deferral
 from catga_tasks.brokers import KombuPublisher, Publisher
 from catga_tasks.config import Settings
 from catga_tasks.enqueue import Outbox
@@ -23,7 +22,6 @@ from catga_tasks.errors import ConfigurationError, OutboxUnavailable
 from catga_tasks.producer import (
     OutboxOperationalError,
     OutboxProducer,
-    backend_calls,
     is_retry,
 )
 from catga_tasks.relay import Relay
@@ -32,6 +30,7 @@ from catga_tasks.task import choose_delivery
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from celery.backends.base import Backend
     from kombu import Connection
 
     from catga_tasks.database import Source
@@ -188,7 +187,7 @@ class Catga(Celery):
 
     def _get_backend(self) -> Backend:
         backend = super()._get_backend()
-        _defer(backend)
+        deferral.defer(backend)
         return backend
 
     @cached_property
@@ -207,34 +206,6 @@ class Catga(Celery):
                 original((group.id, group.results), None)
             else:
                 original(*arguments)
-
-
-def _defer(backend: Any) -> None:
-    """Keep a task call from writing to the result backend: it may be out, and the transaction may roll back.
-
-    A chord's size and its saved group ride with the messages instead, and the relay writes them. Nothing is lost
-    by leaving out `on_task_call`: it subscribes to the result early, and `AsyncResult.get` subscribes by itself.
-    """
-    backend.catga_set_chord_size = backend.set_chord_size
-    backend.catga_apply_chord = backend.apply_chord
-    native = getattr(backend.apply_chord, "__func__", None) is not Backend.apply_chord
-
-    def set_chord_size(group_id: str, size: int) -> None:
-        if type(backend).set_chord_size is not Backend.set_chord_size:
-            backend_calls.set((*backend_calls.get(), ["set_chord_size", group_id, size]))
-
-    def apply_chord(header: Any, body: Any, **options: Any) -> None:
-        if not native:
-            # The fallback sends a task, celery.chord_unlock: through the outbox like every other.
-            backend.catga_apply_chord(header, body, **options)
-            return
-        backend.ensure_chords_allowed()
-        group = backend.app.GroupResult(header[0], list(header[1]))
-        backend_calls.set((*backend_calls.get(), ["apply_chord", group.as_tuple()]))
-
-    backend.set_chord_size = set_chord_size
-    backend.apply_chord = apply_chord
-    backend.on_task_call = lambda _producer, _task_id: {}
 
 
 def _relay_option() -> Any:

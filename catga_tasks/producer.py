@@ -6,7 +6,6 @@ lets kombu prepare the message as always and keeps it as an envelope instead of 
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from celery import current_task
@@ -17,6 +16,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
 
 from catga_tasks.brokers import generic
+from catga_tasks.deferral import backend_calls, reply_queue
 from catga_tasks.envelope import Envelope
 from catga_tasks.errors import OutboxUnavailable
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from catga_tasks.app import Catga
-
-#: Calls to the result backend that ride with the next message: a chord's size must be known before its last part runs.
-backend_calls: ContextVar[tuple[list[Any], ...]] = ContextVar("catga_backend_calls", default=())
 
 
 class OutboxOperationalError(OutboxUnavailable, OperationalError):
@@ -166,7 +163,7 @@ class OutboxAMQP(AMQP):
             headers=dumps(headers),
             properties=dumps(properties),
             body=prepared["body"],
-            declarations=self._declarations(queue, prepared["declare"]),
+            declarations=self._declarations(queue, prepared["declare"] or []),
             backend_calls=dumps(calls) if calls else None,
             send_event=message.sent_event is not None,
             expiration=None if expiration is None else int(expiration) / 1000,
@@ -179,7 +176,11 @@ class OutboxAMQP(AMQP):
         found = self.queues.get(queue)
         return [found] if found is not None else []
 
-    def _declarations(self, queue: str, declare: Any) -> str | None:
+    def _declarations(self, queue: str, declare: list[Any]) -> str | None:
+        replies = reply_queue.get()
+        if replies is not None:
+            reply_queue.set(None)
+            return generic.dump([*declare, replies])
         if not declare or (len(declare) == 1 and declare[0] is self.queues.get(queue)):
             return None
         return generic.dump(declare)

@@ -78,7 +78,8 @@ def both(redis, redis_url, database_url):
             Catga("shop", broker=redis_url, outbox=engine, set_as_current=False),
         ):
             app.conf.update(conf, result_backend=redis_url if backend else None)
-            # The acknowledgement is the worker's business and not in the message.
+            # Plain Celery's results unsubscribe when they go, also from a server that went before them.
+            app.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 1, "interval_start": 0.01}}
             tasks(app)
             with running(app) if work else contextlib.nullcontext():
                 send(app)
