@@ -259,3 +259,13 @@ def test_from_delay_to_a_running_task(make, engine):
         thread.join(20)
     assert sorted(ran) == list(range(40))
     assert waiting(engine) == 0
+
+
+def test_results_come_back_by_rpc(make, broker):
+    """The queue that the answer goes to is declared with the message: the caller may wait much later."""
+    app = make(result_backend="rpc://", task_ignore_result=False)
+    result = app.tasks["charge"].delay(7)
+    assert app.relay().run_once() == 1
+    with start_worker(app, perform_ping_check=False, pool="solo", shutdown_timeout=20):
+        wait_until(lambda: broker.llen(app.thread_oid) == 1)
+        assert result.get(timeout=20) == [7, 1]
