@@ -24,9 +24,8 @@ from celery.contrib.testing.worker import start_worker
 from celery.schedules import schedule
 from kombu import Queue
 from redis import Redis
-from sqlalchemy import create_engine
 
-from catga_tasks import Catga, migrate
+from catga_tasks import Catga
 from tests.waiting import wait_until
 
 RANDOM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?:-\d+)?")
@@ -66,10 +65,8 @@ def redis(redis_url):
 
 
 @pytest.fixture
-def both(redis, redis_url, database_url):
+def both(redis, redis_url, engine):
     """Send by plain Celery and by ours; return the lists of each."""
-    engine = create_engine(database_url)
-    migrate.upgrade(engine)
 
     def compare(send, *, work=0, backend=None, lists=None, **conf):
         found = []
@@ -96,8 +93,7 @@ def both(redis, redis_url, database_url):
             redis.flushdb()
         return found
 
-    yield compare
-    engine.dispose()
+    return compare
 
 
 @contextlib.contextmanager
@@ -297,10 +293,8 @@ def test_what_a_worker_sends_is_celerys(both, send):
 # Arguments
 
 
-def test_17_arguments_survive(redis_url, database_url):
+def test_17_arguments_survive(redis_url, engine):
     """By `delay`, `delay_many` and in a chain, what arrives is equal to what was sent, and of its type."""
-    engine = create_engine(database_url)
-    migrate.upgrade(engine)
     app = Catga("shop", broker=redis_url, outbox=engine, set_as_current=False)
     seen = []
 
@@ -315,4 +309,3 @@ def test_17_arguments_survive(redis_url, database_url):
         wait_until(lambda: len(seen) == 5)
     expected = Counter([repr(tuple(ODD))] * 3 + [repr((ODD, {"deep": [ODD]})), repr((3.0,))])
     assert Counter(map(repr, seen)) == expected
-    engine.dispose()

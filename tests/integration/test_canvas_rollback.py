@@ -7,30 +7,19 @@ import threading
 import pytest
 from celery import chain, chord, group
 from celery.contrib.testing.worker import start_worker
-from redis import Redis
-from sqlalchemy import Column, Integer, MetaData, Table, create_engine, func, insert, select, text
+from sqlalchemy import Column, Integer, MetaData, Table, func, insert, select, text
 from sqlalchemy.orm import Session
 
-from catga_tasks import Catga, migrate
+from catga_tasks import Catga
 from tests.waiting import wait_until
 
 metadata = MetaData()
 payments = Table("payments", metadata, Column("id", Integer, primary_key=True), Column("attempt", Integer))
 
 
-@pytest.fixture
-def engine(database_url):
-    engine = create_engine(database_url)
-    migrate.upgrade(engine)
+@pytest.fixture(autouse=True)
+def tables(engine):
     metadata.create_all(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def redis(redis_url):
-    with Redis.from_url(redis_url, decode_responses=True) as client:
-        yield client
 
 
 @pytest.fixture
@@ -59,21 +48,21 @@ CANVAS = {
 
 
 @pytest.mark.parametrize("canvas", CANVAS)
-def test_18_a_rolled_back_canvas_leaves_nothing(app, engine, redis, canvas):
+def test_18_a_rolled_back_canvas_leaves_nothing(app, engine, broker, canvas):
     with Session(engine) as session, app.outbox.join(session):
         CANVAS[canvas](app.tasks["add"]).apply_async()
         session.rollback()
-    assert (waiting(engine), redis.dbsize()) == (0, 0)
+    assert (waiting(engine), broker.dbsize()) == (0, 0)
 
 
 @pytest.mark.parametrize("canvas", CANVAS)
-def test_18_a_canvas_in_a_rolled_back_savepoint_leaves_nothing(app, engine, redis, canvas):
+def test_18_a_canvas_in_a_rolled_back_savepoint_leaves_nothing(app, engine, broker, canvas):
     with Session(engine) as session, session.begin(), app.outbox.join(session):
         app.tasks["add"].delay(7)
         with session.begin_nested() as savepoint:
             CANVAS[canvas](app.tasks["add"]).apply_async()
             savepoint.rollback()
-    assert (waiting(engine), redis.dbsize()) == (1, 0)
+    assert (waiting(engine), broker.dbsize()) == (1, 0)
 
 
 class Running:
@@ -109,16 +98,16 @@ def test_18_a_committed_canvas_runs(app, engine, canvas, result):
         assert found.get(timeout=30, disable_sync_subtasks=False) == result
 
 
-def test_18_a_saved_group_is_celerys(app, engine, redis):
+def test_18_a_saved_group_is_celerys(app, engine, broker):
     with Session(engine) as session, session.begin(), app.outbox.join(session):
         CANVAS["chord of groups"](app.tasks["add"]).apply_async()
-    assert redis.keys("celery-taskset-meta-*") == []
+    assert broker.keys("celery-taskset-meta-*") == []
     app.relay().run_once()
-    assert len(redis.keys("celery-taskset-meta-*")) >= 1
+    assert len(broker.keys("celery-taskset-meta-*")) >= 1
 
 
 @pytest.mark.parametrize("how", ["self.retry", "autoretry_for"])
-def test_20_a_retry_survives_the_rollback(app, engine, redis, how):
+def test_20_a_retry_survives_the_rollback(app, engine, broker, how):
     """The payment of the failed attempt is gone, and the task runs again."""
 
     @app.task(name="charge", shared=False, bind=True, max_retries=3, default_retry_delay=0,
@@ -139,7 +128,7 @@ def test_20_a_retry_survives_the_rollback(app, engine, redis, how):
         assert connection.execute(select(func.count()).select_from(payments)).scalar_one() == 1
 
 
-def test_20_a_retry_that_cant_be_stored_goes_back_to_the_broker(app, engine, redis):
+def test_20_a_retry_that_cant_be_stored_goes_back_to_the_broker(app, engine, broker):
     """Plain Celery rejects such a message for good, which loses it."""
     ran = []
 
@@ -160,4 +149,4 @@ def test_20_a_retry_that_cant_be_stored_goes_back_to_the_broker(app, engine, red
         wait_until(lambda: len(ran) == 2 and waiting(engine) == 1)
     # The first run's message came again, as it was; the second run's retry was stored.
     assert ran == [0, 0]
-    assert (redis.llen("celery"), redis.hlen("unacked")) == (0, 0)
+    assert (broker.llen("celery"), broker.hlen("unacked")) == (0, 0)

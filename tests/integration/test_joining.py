@@ -19,14 +19,9 @@ metadata = MetaData()
 orders = Table("orders", metadata, Column("id", Integer, primary_key=True))
 
 
-@pytest.fixture
-def engine(database_url):
-    """The application's database, migrated."""
-    engine = create_engine(database_url)
-    migrate.upgrade(engine)
+@pytest.fixture(autouse=True)
+def tables(engine):
     metadata.create_all(engine)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

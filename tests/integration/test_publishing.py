@@ -10,24 +10,10 @@ from celery.contrib.testing.worker import start_worker
 from kombu import Connection, Exchange, Queue
 from kombu.common import Broadcast
 from redis import Redis
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
-from catga_tasks import Catga, ConfigurationError, migrate
+from catga_tasks import Catga, ConfigurationError
 from tests.waiting import wait_until
-
-
-@pytest.fixture
-def engine(postgres_url):
-    engine = create_engine(postgres_url)
-    migrate.upgrade(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def broker(redis_url):
-    with Redis.from_url(redis_url, decode_responses=True) as client:
-        yield client
 
 
 @pytest.fixture

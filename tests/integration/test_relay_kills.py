@@ -10,23 +10,11 @@ from collections import Counter
 import pytest
 from sqlalchemy import text
 
-from tests.integration.relay_children import CLAIM, PUBLISH, REST, SETTLE, Nursery, Site, background, tell
+from tests.integration.relay_children import CLAIM, PUBLISH, REST, SETTLE, background, tell
 from tests.waiting import wait_until
 
 KILLS = 120
 PHASES = {CLAIM: "claim", PUBLISH: "publish", SETTLE: "settle", REST: "rest"}
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as running:
-        yield running
-
-
-@pytest.fixture
-def site(nursery, postgres_url, redis_url, tmp_path):
-    with Site(nursery, postgres_url, redis_url, tmp_path) as running:
-        yield running
 
 
 class Ledger:

@@ -20,22 +20,9 @@ SIDE = "query LIKE '%INSERT INTO catga_outbox_journal%' AND state = 'idle'"
 LISTENER = "query LIKE 'LISTEN%' AND state = 'idle'"
 
 
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as running:
-        yield running
-
-
-@pytest.fixture
-def site(nursery, postgres_url, redis_url, tmp_path):
-    with Site(nursery, postgres_url, redis_url, tmp_path) as running:
-        yield running
-
-
 @pytest.fixture
 def broker(own_redis):
-    # With "everysec" Redis puts off its writes while another fsync is under way: a SIGKILL would lose some.
-    return own_redis("--appendfsync", "always")
+    return own_redis()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from catga_tasks.claims import KILLED
 from catga_tasks.outbox import claim_statement
-from tests.integration.relay_children import Nursery, Site, tell
+from tests.integration.relay_children import Site, tell
 from tests.waiting import wait_until
 
 ATTEMPTS = 3
@@ -22,18 +22,6 @@ MARKER = "poison"
 #: Rows of the big table: so many pending and as many in the future.
 MANY = 500_000
 QUEUES = ("celery", "second", "third", "rare", "future")
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as running:
-        yield running
-
-
-@pytest.fixture
-def site(nursery, postgres_url, redis_url, tmp_path):
-    with Site(nursery, postgres_url, redis_url, tmp_path) as running:
-        yield running
 
 
 @pytest.fixture
