@@ -140,9 +140,14 @@ def _ids(count: int) -> list[str]:
 
 
 def _shown(app: Catga, args: Any) -> str:
-    """Return Celery's representation of the arguments; of plain numbers it is Python's own."""
-    if type(args) is tuple and len(args) < 8 and all(type(arg) in _SIMPLE for arg in args):  # noqa: PLR2004 - short
-        return repr(args)
-    return str(
-        saferepr(args, app.amqp.argsrepr_maxsize, maxlevels=app.conf.get("task_repr_maxlevels", 3))
-    )  # Celery 5.6 has no such setting
+    """Return Celery's representation of the arguments; that of plain values is put together here, for it is simple."""
+    plain = [
+        repr(arg) if type(arg) in _SIMPLE else "'" + arg.replace("'", "\\'") + "'"
+        for arg in args
+        if type(arg) in _SIMPLE or type(arg) is str
+    ]
+    shown = f"({', '.join(plain)}{',' if len(plain) == 1 else ''})"
+    if type(args) is tuple and len(plain) == len(args) and len(shown) < app.amqp.argsrepr_maxsize:
+        return shown
+    # Celery 5.6 has no such setting, and three levels.
+    return str(saferepr(args, app.amqp.argsrepr_maxsize, maxlevels=app.conf.get("task_repr_maxlevels", 3)))
