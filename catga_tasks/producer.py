@@ -13,7 +13,7 @@ from celery.app.amqp import AMQP, task_message
 from celery.utils.time import maybe_iso8601
 from kombu import Connection, Exchange, Producer
 from kombu.exceptions import OperationalError
-from kombu.utils.json import dumps
+from kombu.utils.json import JSONEncoder
 
 from catga_tasks.brokers import generic
 from catga_tasks.deferral import backend_calls, reply_queue
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from catga_tasks.app import Catga
+
+#: kombu's JSON, without making an encoder for each message.
+_encode = JSONEncoder().encode
 
 
 class OutboxOperationalError(OutboxUnavailable, OperationalError):
@@ -160,11 +163,11 @@ class OutboxAMQP(AMQP):
             priority=prepared["priority"],
             content_type=prepared["content_type"],
             content_encoding=prepared["content_encoding"],
-            headers=dumps(headers),
-            properties=dumps(properties),
+            headers=_encode(headers),
+            properties=_encode(properties),
             body=prepared["body"],
             declarations=self._declarations(queue, prepared["declare"] or []),
-            backend_calls=dumps(calls) if calls else None,
+            backend_calls=_encode(calls) if calls else None,
             send_event=message.sent_event is not None,
             expiration=None if expiration is None else int(expiration) / 1000,
             delay=max(0.0, float(countdown or 0)),
