@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from tests.processes import Processes
-from workers.servers import PostgresServer, RedisServer, ServerMissingError
+from workers.servers import NatsServer, PostgresServer, RedisServer, ServerMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,6 +38,11 @@ def _container(kind: str) -> Iterator[str]:
 
             with PostgresContainer("postgres:18", driver="psycopg") as container:
                 yield container.get_connection_url()
+        elif kind == "nats":
+            from testcontainers.nats import NatsContainer
+
+            with NatsContainer("nats:2.12-alpine", jetstream=True) as container:
+                yield container.nats_uri()
         else:
             from testcontainers.redis import RedisContainer
 
@@ -77,6 +82,24 @@ def redis_server() -> Iterator[str]:
         server.start()
     except ServerMissingError:
         with _container("redis") as url:
+            yield url
+        return
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[str]:
+    """The URL of a NATS server with JetStream."""
+    given = os.environ.get("CATGA_TEST_NATS_URL")
+    if given:
+        yield given
+        return
+    server = NatsServer()
+    try:
+        server.start()
+    except ServerMissingError:
+        with _container("nats") as url:
             yield url
         return
     yield server.url
@@ -147,6 +170,22 @@ def own_redis() -> Iterator[Callable[..., RedisServer]]:
 
     def start(*arguments: str) -> RedisServer:
         server = RedisServer(*arguments)
+        started.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def own_nats() -> Iterator[Callable[..., NatsServer]]:
+    """Start NATS servers of this test's own; see `NatsServer` for the arguments."""
+    started: list[NatsServer] = []
+
+    def start(settings: str = "", **options: object) -> NatsServer:
+        server = NatsServer(settings, **options)
         started.append(server)
         server.start()
         return server

