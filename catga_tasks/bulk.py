@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 from celery import signals
 from celery.result import AsyncResult
 from celery.utils.saferepr import saferepr
+from kombu.exceptions import EncodeError
 from kombu.utils.json import JSONEncoder, dumps
 
 from catga_tasks.errors import ConfigurationError
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from catga_tasks.app import Catga
     from catga_tasks.envelope import Envelope
 
-_ID = "catga-bulk-id"
-_ARGUMENTS = "catga-bulk-arguments"
+#: Marks for what differs from call to call; nothing that a user writes is equal to one by chance.
+_ID = f"catga-bulk-id-{os.urandom(8).hex()}"
+_ARGUMENTS = f"catga-bulk-arguments-{os.urandom(8).hex()}"
 #: Celery cuts the representation of longer arguments short, mark and all.
 _MOST_ARGUMENTS = 16
 #: A random digit as the digit that says which variant of UUID it is.
@@ -114,11 +116,16 @@ def _template(app: Catga, task: Any, options: dict[str, Any], count: int) -> Cal
     encode = JSONEncoder().encode
 
     def build(task_id: str, args: Any) -> Envelope:
+        try:
+            encoded = encode(args)
+        except Exception as error:
+            # As kombu says it, whatever the encoder raised.
+            raise EncodeError(*error.args) from error
         return first._replace(
             task_id=task_id,
             headers=headers % {"id": task_id, "shown": json.dumps(_shown(app, args))[1:-1]},
             properties=properties % {"id": task_id},
-            body=f"{body_before}{encode(args)}{body_after}".encode(),
+            body=f"{body_before}{encoded}{body_after}".encode(),
         )
 
     return build
