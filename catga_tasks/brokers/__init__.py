@@ -15,3 +15,4 @@ __all__ = ["KombuPublisher", "Publisher", "Receipt"]
 
 #: kombu's own loses messages of workers that are killed. By name: redis is imported when it is used.
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "catga_tasks.brokers.redis_transport:Transport"))
+TRANSPORT_ALIASES.update(dict.fromkeys(("nats", "tls"), "catga_tasks.brokers.nats:Transport"))

@@ -1,0 +1,555 @@
+"""A connection to NATS JetStream that any thread may use.
+
+nats-py lives on one private loop thread of the process. Other threads hand it work: a call waits for its answer, an
+acknowledgement is only posted. What arrives waits in buffers; a file descriptor becomes readable when something does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from kombu.exceptions import ChannelError
+from nats import errors
+from nats.aio.client import Client as NatsClient
+from nats.js import api
+from nats.js import errors as js_errors
+
+from catga_tasks.errors import CatgaError, ConfigurationError, MessageRejected
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterable, Sequence
+
+    from nats.aio.msg import Msg
+
+    from catga_tasks.brokers.nats_settings import NatsSettings
+
+logger = logging.getLogger("catga_tasks.nats")
+
+#: How long the server keeps a request for messages, in seconds.
+PULL_SECONDS = 30.0
+#: Requests for messages that may wait on one consumer. It can't be changed later.
+MAX_WAITING = 4096
+#: The server's code for a stream of that name with another configuration.
+_STREAM_EXISTS = 10058
+
+
+class Unreachable(CatgaError, ConnectionError):
+    """The server doesn't answer. kombu and Celery recover from it by connecting again."""
+
+
+class AccessRefused(ConfigurationError):
+    """The server refuses these credentials, or what they may do. Trying again doesn't help."""
+
+
+class _Thread:
+    """The loop thread of this process; a forked child starts its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Return the running loop."""
+        with self._lock:
+            if self._loop is None or self._pid != os.getpid():
+                self._pid = os.getpid()
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="catga-nats", daemon=True).start()
+            return self._loop
+
+    def forget(self) -> None:
+        """Drop a parent's loop without touching its sockets."""
+        self._lock = threading.Lock()
+        self._loop = None
+
+
+_thread = _Thread()
+os.register_at_fork(after_in_child=_thread.forget)
+
+
+class Buffer:
+    """Messages that have arrived for one queue at one priority, in their order."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+        self.messages: deque[Msg] = deque()
+
+
+class Connection:
+    """One connection. `broken` is set once an outage has lasted too long."""
+
+    def __init__(self, servers: Sequence[str], tls: bool, settings: NatsSettings) -> None:  # noqa: FBT001 - by position from a pair
+        self.settings = settings
+        self.broken: Unreachable | None = None
+        self.nats = NatsClient()
+        self.js: Any = None
+        self.pid = os.getpid()
+        self._servers = list(servers)
+        self._tls = tls
+        self._loop = _thread.loop()
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signalled = False
+        self._posted: deque[tuple[str, bytes]] = deque()
+        self._posting = False
+        self._held: dict[str, None] = {}
+        self._unconfirmed: dict[str, tuple[str, bytes]] = {}
+        self._tokens = 0
+        self._ack_inbox = ""
+        self._pulls: set[Pull] = set()
+        self._known: set[str] = set()
+        self._grace: asyncio.TimerHandle | None = None
+        self._first_error: asyncio.Future[None] | None = None
+        self._closing = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._tries = 0
+
+    # Any thread
+
+    def connect(self) -> None:
+        """Connect; raise `Unreachable`, `AccessRefused` or `ConfigurationError`."""
+        try:
+            self.call(self._connect(), self.settings.connect_timeout + 1)
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, work: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
+        """Run the coroutine on the loop thread and return its result; raise kombu's kinds of errors."""
+        seconds = timeout or self.settings.publish_timeout
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(seconds)
+        except concurrent.futures.TimeoutError as error:
+            if future.done() and not future.cancelled():
+                raise translated(error) from error
+            future.cancel()
+            message = f"NATS didn't answer within {seconds:g} s."
+            raise Unreachable(message) from None
+        except (errors.Error, OSError, EOFError) as error:
+            raise translated(error) from error
+
+    def settle(self, reply: str, verb: bytes) -> None:
+        """Acknowledge (`+ACK`), give back (`-NAK`) or end (`+TERM`) a delivery; sent again until it is confirmed."""
+        self._posted.append((reply, verb))
+        if not self._posting:
+            self._posting = True
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._post)
+
+    def background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run the coroutine on the loop thread for as long as the connection lives. From the loop thread."""
+        self._tasks.append(asyncio.ensure_future(work))
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when something has arrived."""
+        return self._read
+
+    def quieten(self) -> None:
+        """Make the descriptor unreadable until the next arrival; look into the buffers after it.
+
+        The flag falls last: an arrival in between sets none, and is in a buffer by then.
+        """
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.read(self._read, 4096)
+        self._signalled = False
+
+    def signal(self) -> None:
+        """Make the descriptor readable."""
+        if not self._signalled:
+            self._signalled = True
+            with contextlib.suppress(BlockingIOError, OSError):
+                os.write(self._write, b"x")
+
+    def close(self) -> None:
+        """Give back what was not settled, and disconnect. A forked child only drops its copy."""
+        if self._closing:
+            return
+        self._closing = True
+        if self.pid == os.getpid():
+            with contextlib.suppress(CatgaError, concurrent.futures.CancelledError):
+                self.call(self._close(), 5)
+        for descriptor in (self._read, self._write):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    # The loop thread
+
+    async def _connect(self) -> None:
+        self._first_error = asyncio.get_running_loop().create_future()
+        connecting = asyncio.ensure_future(self.nats.connect(**self._options()))
+        try:
+            await asyncio.wait_for(
+                asyncio.wait({connecting, self._first_error}, return_when=asyncio.FIRST_COMPLETED),
+                self.settings.connect_timeout,
+            )
+        except TimeoutError:
+            message = f"NATS didn't answer within {self.settings.connect_timeout:g} s (connect_timeout)."
+            raise Unreachable(message) from None
+        finally:
+            if not connecting.done():
+                connecting.cancel()
+        if self._first_error.done():
+            self._first_error.result()
+        await connecting
+        self._first_error = None
+        self.js = self.nats.jetstream(timeout=self.settings.publish_timeout)
+        self._ack_inbox = self.nats.new_inbox()
+        await self.nats.subscribe(f"{self._ack_inbox}.*", cb=self._confirmed)
+        self.background(self._beat())
+
+    def _options(self) -> dict[str, Any]:
+        settings = self.settings
+        options: dict[str, Any] = {
+            "servers": self._servers,
+            "name": settings.client_name or f"catga-{os.getpid()}",
+            "connect_timeout": settings.connect_timeout,
+            "reconnect_time_wait": settings.reconnect_wait,
+            "max_reconnect_attempts": -1,
+            "ping_interval": settings.ping_interval,
+            "error_cb": self._failed,
+            "disconnected_cb": self._disconnected,
+            "reconnected_cb": self._reconnected,
+            "user": settings.user,
+            "password": settings.password,
+            "token": settings.token,
+            "nkeys_seed": settings.nkey,
+            "user_credentials": settings.credentials,
+        }
+        if self._tls or settings.tls_ca_file or settings.tls_cert_file:
+            options["tls"] = settings.tls()
+        return {name: value for name, value in options.items() if value is not None}
+
+    async def _failed(self, error: Exception) -> None:
+        if self._first_error is not None and not self._first_error.done():
+            # While connecting for the first time, nats-py would go on for minutes.
+            self._tries += 1
+            refused = "authorization" in str(error).lower()
+            if refused or self._tries >= len(self._servers):
+                self._first_error.set_exception(translated(error))
+            return
+        logger.debug("NATS: %s", type(error).__name__)
+
+    async def _disconnected(self) -> None:
+        if not self._closing and self._grace is None:
+            logger.warning("The connection to NATS is lost; it is made again.")
+            self._grace = self._loop.call_later(self.settings.reconnect_grace, self._give_up)
+
+    async def _reconnected(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        logger.warning("The connection to NATS is back.")
+        for token, (reply, verb) in list(self._unconfirmed.items()):
+            await self.nats.publish(reply, verb, reply=f"{self._ack_inbox}.{token}")
+        for pull in self._pulls:
+            pull.reset()
+
+    def _give_up(self) -> None:
+        self.broken = Unreachable(f"NATS was away for more than {self.settings.reconnect_grace:g} s (reconnect_grace).")
+        self.signal()
+
+    def _post(self) -> None:
+        self._posting = False
+        asyncio.ensure_future(self._send_posted())  # noqa: RUF006 - it ends with the deque
+
+    async def _send_posted(self) -> None:
+        while self._posted:
+            reply, verb = self._posted.popleft()
+            self._held.pop(reply, None)
+            self._tokens += 1
+            token = str(self._tokens)
+            self._unconfirmed[token] = (reply, verb)
+            with contextlib.suppress(errors.Error):
+                # In an outage it goes out again when the connection is back.
+                await self.nats.publish(reply, verb, reply=f"{self._ack_inbox}.{token}")
+
+    async def _confirmed(self, msg: Msg) -> None:
+        self._unconfirmed.pop(msg.subject.rpartition(".")[2], None)
+
+    async def _beat(self) -> None:
+        """Tell the server that what is held is still in hand: the worker's own thread may be busy for hours."""
+        while True:
+            await asyncio.sleep(self.settings.ack_wait / 3)
+            for reply in list(self._held):
+                with contextlib.suppress(errors.Error):
+                    await self.nats.publish(reply, b"+WPI")
+            for pull in self._pulls:
+                pull.check()
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._grace is not None:
+            self._grace.cancel()
+        if self.nats.is_connected:
+            with contextlib.suppress(errors.Error, asyncio.TimeoutError):
+                for pull in list(self._pulls):
+                    await pull.stop()
+                await self._send_posted()
+                for reply in list(self._held):
+                    await self.nats.publish(reply, b"-NAK")
+                await self.nats.flush(timeout=2)
+        with contextlib.suppress(Exception):
+            await self.nats.close()
+
+    # Streams
+
+    async def ensure(self, queue: str) -> None:
+        """Make the queue's stream and its consumers, or bring them to the settings."""
+        if queue in self._known:
+            return
+        settings = self.settings
+        wanted = api.StreamConfig(
+            name=settings.stream(queue),
+            subjects=[settings.subject(queue)],
+            retention=api.RetentionPolicy.WORK_QUEUE,
+            storage=api.StorageType(settings.storage),
+            num_replicas=settings.replicas,
+            discard=api.DiscardPolicy(settings.discard),
+            duplicate_window=min(settings.duplicate_window, settings.max_age or settings.duplicate_window),
+            max_age=settings.max_age or 0,
+            max_msgs=settings.max_msgs or -1,
+            max_bytes=settings.max_bytes or -1,
+            max_msg_size=settings.max_msg_size or -1,
+            compression=api.StoreCompression.S2 if settings.compression else api.StoreCompression.NONE,
+        )
+        try:
+            await self.js.add_stream(wanted)
+        except js_errors.APIError as error:
+            if error.err_code != _STREAM_EXISTS:
+                raise
+            await self._adjust(queue, wanted)
+        for step in settings.priority_steps:
+            await self.js.add_consumer(
+                wanted.name,
+                api.ConsumerConfig(
+                    durable_name=f"step-{step}",
+                    filter_subject=settings.subject(queue, step),
+                    ack_policy=api.AckPolicy.EXPLICIT,
+                    ack_wait=settings.ack_wait,
+                    max_ack_pending=settings.max_ack_pending,
+                    max_waiting=MAX_WAITING,
+                    # The server would leave a message that reaches its limit stuck and unseen; it is counted here.
+                    max_deliver=-1,
+                ),
+            )
+        self._known.add(queue)
+
+    async def _adjust(self, queue: str, wanted: api.StreamConfig) -> None:
+        found = (await self.js.stream_info(wanted.name)).config
+        if found.subjects != wanted.subjects or found.retention != wanted.retention:
+            message = (
+                f"NATS has a stream {wanted.name} that isn't ours (its subjects are {found.subjects}): choose another "
+                "stream_prefix in broker_transport_options."
+            )
+            raise ConfigurationError(message)
+        try:
+            await self.js.update_stream(wanted)
+        except js_errors.APIError as error:
+            message = (
+                f"The stream of queue {queue} differs from broker_transport_options and can't be changed "
+                f"({error.description}): set them as it is, or drain and delete it."
+            )
+            raise ConfigurationError(message) from None
+
+    async def exists(self, queue: str) -> bool:
+        """Return whether the queue has a stream."""
+        if queue in self._known:
+            return True
+        try:
+            await self.js.stream_info(self.settings.stream(queue))
+        except js_errors.NotFoundError:
+            return False
+        return True
+
+    async def size(self, queue: str) -> int:
+        """Return how many messages are ready; those that a worker holds don't count."""
+        stream, steps = self.settings.stream(queue), self.settings.priority_steps
+        try:
+            found = await asyncio.gather(*(self.js.consumer_info(stream, f"step-{step}") for step in steps))
+        except js_errors.NotFoundError:
+            return 0
+        return sum(info.num_pending for info in found)
+
+    async def purge(self, queue: str) -> int:
+        """Delete all messages, also those that a worker holds; return how many were ready."""
+        ready = await self.size(queue)
+        with contextlib.suppress(js_errors.NotFoundError):
+            await self.js.purge_stream(self.settings.stream(queue))
+        return ready
+
+    async def delete(self, queue: str) -> None:
+        """Delete the queue's stream."""
+        self._known.discard(queue)
+        with contextlib.suppress(js_errors.NotFoundError):
+            await self.js.delete_stream(self.settings.stream(queue))
+
+    # Messages
+
+    async def publish(self, entries: Iterable[tuple[str, int, bytes, str]]) -> list[Exception | None]:
+        """Publish (queue, step, body, id) each and wait for all confirmations; return each one's error or None."""
+        pending = []
+        for queue, step, body, identity in entries:
+            try:
+                await self.ensure(queue)
+                pending.append(
+                    await self.js.publish_async(
+                        self.settings.subject(queue, step), body, headers={"Nats-Msg-Id": identity}
+                    )
+                )
+            except (errors.MaxPayloadError, CatgaError, ChannelError) as error:
+                pending.append(error)
+        futures = [each for each in pending if isinstance(each, asyncio.Future)]
+        if futures:
+            await asyncio.wait(futures, timeout=self.settings.publish_timeout)
+        return [_outcome(each) for each in pending]
+
+    async def fetch(self, queue: str) -> Msg | None:
+        """Take one message now, the first priority first."""
+        stream = self.settings.stream(queue)
+        for step in self.settings.priority_steps:
+            subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.step-{step}"
+            msg = await self.nats.request(
+                subject, b'{"batch": 1, "no_wait": true}', timeout=self.settings.publish_timeout
+            )
+            if msg.reply:
+                self._held[msg.reply] = None
+                return msg
+        return None
+
+    def hold(self, msg: Msg) -> None:
+        """Keep the server from delivering the message again while it is in hand."""
+        self._held[msg.reply] = None
+
+    async def bury(self, queue: str, msg: Msg, reason: str) -> None:
+        """Move a message to the dead letters, and only then end it."""
+        name = f"{self.settings.stream_prefix}-dead"
+        if name not in self._known:
+            await self.js.add_stream(name=name, subjects=[f"{self.settings.stream_prefix}.dead.>"])
+            self._known.add(name)
+        subject = self.settings.subject(queue, 0).replace(".q.", ".dead.", 1)
+        headers = {"Catga-Queue": queue, "Catga-Reason": reason, "Catga-Died-Of": str(msg.metadata.num_delivered)}
+        await self.js.publish(subject, msg.data, headers=headers)
+        self.settle(msg.reply, b"+TERM")
+
+
+class Pull:
+    """A standing request for the messages of one consumer: as many as are wanted, topped up at half."""
+
+    def __init__(self, connection: Connection, queue: str, step: int, buffer: Buffer) -> None:
+        self._connection = connection
+        self._queue = queue
+        stream = connection.settings.stream(queue)
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.step-{step}"
+        self._buffer = buffer
+        self._inbox = ""
+        self._subscription: Any = None
+        self._wanted = 0
+        self._outstanding = 0
+        self._heard = time.monotonic()
+
+    def want(self, count: int) -> None:
+        """Let so many messages come, those that wait in the buffer included. For any thread."""
+        short = count - len(self._buffer.messages)
+        if count == self._wanted and self._outstanding > short // 2:
+            return
+        self._wanted = count
+        with contextlib.suppress(RuntimeError):
+            self._connection._loop.call_soon_threadsafe(self.request)
+
+    async def start(self) -> None:
+        """Subscribe to the answers."""
+        self._inbox = self._connection.nats.new_inbox()
+        self._subscription = await self._connection.nats.subscribe(self._inbox, cb=self._arrived)
+        self._connection._pulls.add(self)
+
+    async def stop(self) -> None:
+        """Unsubscribe and give back what nobody has seen."""
+        self._connection._pulls.discard(self)
+        self._wanted = 0
+        with contextlib.suppress(errors.Error):
+            await self._subscription.unsubscribe()
+        while self._buffer.messages:
+            self._connection.settle(self._buffer.messages.popleft().reply, b"-NAK")
+
+    def request(self) -> None:
+        """Ask for what is missing, unless half of it is on its way."""
+        missing = self._wanted - len(self._buffer.messages) - self._outstanding
+        if missing <= 0 or self._outstanding > self._wanted // 2 or not self._connection.nats.is_connected:
+            return
+        self._outstanding += missing
+        request = json.dumps({"batch": missing, "expires": int(PULL_SECONDS * 1e9)}).encode()
+        asyncio.ensure_future(self._connection.nats.publish(self._subject, request, reply=self._inbox))  # noqa: RUF006
+
+    def reset(self) -> None:
+        """Ask anew: the requests of before are gone."""
+        self._outstanding = 0
+        self._heard = time.monotonic()
+        self.request()
+
+    def check(self) -> None:
+        """Ask anew when the server has been silent for longer than it keeps a request."""
+        if self._outstanding and time.monotonic() - self._heard > PULL_SECONDS + 5:
+            self.reset()
+
+    async def _arrived(self, msg: Msg) -> None:
+        self._heard = time.monotonic()
+        if not msg.reply:
+            headers = msg.headers or {}
+            self._outstanding = max(0, self._outstanding - int(headers.get("Nats-Pending-Messages", self._outstanding)))
+            if headers.get("Status") in ("404", "409", "503") and "Deleted" in str(headers.get("Description")):
+                self._connection._known.discard(self._queue)
+            self._connection._loop.call_later(0.05, self.request)
+            return
+        self._outstanding = max(0, self._outstanding - 1)
+        limit = self._connection.settings.max_deliver
+        if limit is not None and msg.metadata.num_delivered > limit:
+            reason = f"delivered {limit} times (max_deliver) and never acknowledged"
+            asyncio.ensure_future(self._connection.bury(self._queue, msg, reason))  # noqa: RUF006
+            return
+        self._connection.hold(msg)
+        self._buffer.messages.append(msg)
+        self._connection.signal()
+
+
+def _outcome(pending: Any) -> Exception | None:
+    if isinstance(pending, Exception):
+        return translated(pending)
+    if not pending.done():
+        pending.cancel()
+        return Unreachable("NATS didn't confirm the message in time (publish_timeout).")
+    error = pending.exception()
+    return None if error is None else translated(error)
+
+
+def translated(error: BaseException) -> Exception:
+    """Return the error as kombu, Celery and the relay know it, in words that say what to do."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (CatgaError, ChannelError)):
+        return error
+    if isinstance(error, errors.MaxPayloadError) or ("maximum" in words and "size" in words):
+        return MessageRejected(
+            "The message is larger than NATS takes: raise max_payload on the server, or max_msg_size."
+        )
+    if isinstance(error, errors.AuthorizationError) or "uthorization" in words or "ermissions" in words:
+        return AccessRefused(f"NATS refuses access: {words}. Check user, password, token, nkey or credentials.")
+    if isinstance(
+        error, (js_errors.ServiceUnavailableError, js_errors.NoStreamResponseError, errors.NoRespondersError)
+    ):
+        return ConfigurationError(
+            "NATS has no JetStream here: start the server with -js, or allow it for this account."
+        )
+    if isinstance(error, js_errors.APIError):
+        rejected: Exception = ChannelError(f"NATS: {error.description}")
+        return rejected
+    return Unreachable(f"NATS can't be reached: {words}")
