@@ -142,14 +142,19 @@ class Catga(Celery):
         """Return the publisher for this application's broker."""
         connection = self._publishing_connection()
         kind = KombuPublisher
+        # Imported here: each one's client is an extra.
         if connection.transport.driver_type == "redis":
             from catga_tasks.brokers.redis import RedisPublisher as kind  # noqa: N813 - the class of this broker
+        elif connection.transport.driver_type == "nats":
+            from catga_tasks.brokers.nats_publisher import NatsPublisher as kind  # noqa: N813
         return kind(self._publishing_connection, self.amqp.entities, self._call_backend)
 
     def _publishing_connection(self) -> Connection:
         timeout = self.catga_settings.outbox_publish_timeout
         connection = self.connection_for_write(connect_timeout=timeout)
         limits: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+        if connection.transport_cls in ("nats", "tls"):
+            limits = {"publish_timeout": timeout, "connect_timeout": min(timeout, 5.0)}
         if connection.transport_cls in ("amqp", "pyamqp", "amqps"):
             limits = {"confirm_publish": True, "read_timeout": timeout, "write_timeout": timeout}
         connection.transport_options = {**connection.transport_options, **limits}

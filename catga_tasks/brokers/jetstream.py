@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import json
 import logging
 import os
 import threading
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,8 @@ from nats.aio.client import Client as NatsClient
 from nats.js import api
 from nats.js import errors as js_errors
 
-from catga_tasks.errors import CatgaError, ConfigurationError, MessageRejected
+from catga_tasks.brokers.nats_errors import Unreachable, translated
+from catga_tasks.errors import CatgaError, ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Sequence
@@ -31,23 +30,14 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
     from catga_tasks.brokers.nats_settings import NatsSettings
+    from catga_tasks.brokers.pulling import Pull
 
 logger = logging.getLogger("catga_tasks.nats")
 
-#: How long the server keeps a request for messages, in seconds.
-PULL_SECONDS = 30.0
 #: Requests for messages that may wait on one consumer. It can't be changed later.
 MAX_WAITING = 4096
 #: The server's code for a stream of that name with another configuration.
 _STREAM_EXISTS = 10058
-
-
-class Unreachable(CatgaError, ConnectionError):
-    """The server doesn't answer. kombu and Celery recover from it by connecting again."""
-
-
-class AccessRefused(ConfigurationError):
-    """The server refuses these credentials, or what they may do. Trying again doesn't help."""
 
 
 class _Thread:
@@ -75,14 +65,6 @@ class _Thread:
 
 _thread = _Thread()
 os.register_at_fork(after_in_child=_thread.forget)
-
-
-class Buffer:
-    """Messages that have arrived for one queue at one priority, in their order."""
-
-    def __init__(self, rank: int = 0) -> None:
-        self.rank = rank
-        self.messages: deque[Msg] = deque()
 
 
 class Connection:
@@ -443,85 +425,6 @@ class Connection:
         self.settle(msg.reply, b"+TERM")
 
 
-class Pull:
-    """A standing request for the messages of one consumer: as many as are wanted, topped up at half."""
-
-    def __init__(self, connection: Connection, queue: str, step: int, buffer: Buffer) -> None:
-        self._connection = connection
-        self._queue = queue
-        stream = connection.settings.stream(queue)
-        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.step-{step}"
-        self._buffer = buffer
-        self._inbox = ""
-        self._subscription: Any = None
-        self._wanted = 0
-        self._outstanding = 0
-        self._heard = time.monotonic()
-
-    def want(self, count: int) -> None:
-        """Let so many messages come, those that wait in the buffer included. For any thread."""
-        short = count - len(self._buffer.messages)
-        if count == self._wanted and self._outstanding > short // 2:
-            return
-        self._wanted = count
-        with contextlib.suppress(RuntimeError):
-            self._connection._loop.call_soon_threadsafe(self.request)
-
-    async def start(self) -> None:
-        """Subscribe to the answers."""
-        self._inbox = self._connection.nats.new_inbox()
-        self._subscription = await self._connection.nats.subscribe(self._inbox, cb=self._arrived)
-        self._connection._pulls.add(self)
-
-    async def stop(self) -> None:
-        """Unsubscribe and give back what nobody has seen."""
-        self._connection._pulls.discard(self)
-        self._wanted = 0
-        with contextlib.suppress(errors.Error):
-            await self._subscription.unsubscribe()
-        while self._buffer.messages:
-            self._connection.settle(self._buffer.messages.popleft().reply, b"-NAK")
-
-    def request(self) -> None:
-        """Ask for what is missing, unless half of it is on its way."""
-        missing = self._wanted - len(self._buffer.messages) - self._outstanding
-        if missing <= 0 or self._outstanding > self._wanted // 2 or not self._connection.nats.is_connected:
-            return
-        self._outstanding += missing
-        request = json.dumps({"batch": missing, "expires": int(PULL_SECONDS * 1e9)}).encode()
-        asyncio.ensure_future(self._connection.nats.publish(self._subject, request, reply=self._inbox))  # noqa: RUF006
-
-    def reset(self) -> None:
-        """Ask anew: the requests of before are gone."""
-        self._outstanding = 0
-        self._heard = time.monotonic()
-        self.request()
-
-    def check(self) -> None:
-        """Ask anew when the server has been silent for longer than it keeps a request."""
-        if self._outstanding and time.monotonic() - self._heard > PULL_SECONDS + 5:
-            self.reset()
-
-    async def _arrived(self, msg: Msg) -> None:
-        self._heard = time.monotonic()
-        if not msg.reply:
-            headers = msg.headers or {}
-            self._outstanding = max(0, self._outstanding - int(headers.get("Nats-Pending-Messages", self._outstanding)))
-            if headers.get("Status") in ("404", "409", "503") and "Deleted" in str(headers.get("Description")):
-                self._connection._known.discard(self._queue)
-            self._connection._loop.call_later(0.05, self.request)
-            return
-        self._outstanding = max(0, self._outstanding - 1)
-        limit = self._connection.settings.max_deliver
-        if limit is not None and msg.metadata.num_delivered > limit:
-            reason = f"delivered {limit} times (max_deliver) and never acknowledged"
-            asyncio.ensure_future(self._connection.bury(self._queue, msg, reason))  # noqa: RUF006
-            return
-        self._connection.hold(msg)
-        self._buffer.messages.append(msg)
-        self._connection.signal()
-
-
 def _outcome(pending: Any) -> Exception | None:
     if isinstance(pending, Exception):
         return translated(pending)
@@ -530,26 +433,3 @@ def _outcome(pending: Any) -> Exception | None:
         return Unreachable("NATS didn't confirm the message in time (publish_timeout).")
     error = pending.exception()
     return None if error is None else translated(error)
-
-
-def translated(error: BaseException) -> Exception:
-    """Return the error as kombu, Celery and the relay know it, in words that say what to do."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (CatgaError, ChannelError)):
-        return error
-    if isinstance(error, errors.MaxPayloadError) or ("maximum" in words and "size" in words):
-        return MessageRejected(
-            "The message is larger than NATS takes: raise max_payload on the server, or max_msg_size."
-        )
-    if isinstance(error, errors.AuthorizationError) or "uthorization" in words or "ermissions" in words:
-        return AccessRefused(f"NATS refuses access: {words}. Check user, password, token, nkey or credentials.")
-    if isinstance(
-        error, (js_errors.ServiceUnavailableError, js_errors.NoStreamResponseError, errors.NoRespondersError)
-    ):
-        return ConfigurationError(
-            "NATS has no JetStream here: start the server with -js, or allow it for this account."
-        )
-    if isinstance(error, js_errors.APIError):
-        rejected: Exception = ChannelError(f"NATS: {error.description}")
-        return rejected
-    return Unreachable(f"NATS can't be reached: {words}")

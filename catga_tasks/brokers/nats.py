@@ -39,8 +39,10 @@ from kombu.utils.url import maybe_sanitize_url
 from kombu.utils.uuid import uuid
 
 from catga_tasks.brokers.bindings import Bindings, subjects_of, wire_subject
-from catga_tasks.brokers.jetstream import Buffer, Connection, Pull, Unreachable
+from catga_tasks.brokers.jetstream import Connection
+from catga_tasks.brokers.nats_errors import Unreachable
 from catga_tasks.brokers.nats_settings import NatsSettings
+from catga_tasks.brokers.pulling import Buffer, Pull
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,0 +1,82 @@
+"""NATS JetStream: a batch is published without waiting in between, and each message has its own confirmation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kombu.exceptions import ChannelError
+
+from catga_tasks.brokers.contract import Receipt
+from catga_tasks.brokers.generic import KombuPublisher, describe
+from catga_tasks.brokers.nats import step_of
+from catga_tasks.envelope import outgoing, virtual_message
+from catga_tasks.errors import BrokerUnavailable, MessageRejected
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from catga_tasks.envelope import Row
+
+
+class NatsPublisher(KombuPublisher):
+    """Publishes to the default exchange, which is where Celery's queues are, by JetStream.
+
+    A row's message has the id of its task and its row: what is published again within the stream's duplicate window is
+    stored once, and a retry, which is another row of the same task, isn't taken for a duplicate. Rows for named
+    exchanges take kombu's way, one at a time.
+    """
+
+    def publish(self, rows: Sequence[Row]) -> Receipt:
+        """Send the rows; see `Publisher`."""
+        receipt = Receipt()
+        try:
+            entries = self._entries(rows, receipt)
+            outcomes = self.producer().channel.send([entry for _, entry in entries]) if entries else []
+        except BrokerUnavailable as error:
+            receipt.outage = str(error)
+            return receipt
+        except Exception as error:
+            self.close()
+            receipt.outage = describe(error)
+            return receipt
+        for (row, _), problem in zip(entries, outcomes, strict=True):
+            if problem is None:
+                receipt.confirmed.append(row)
+            elif isinstance(problem, (MessageRejected, ChannelError)):
+                receipt.rejected.append((row, describe(problem)))
+            else:
+                receipt.outage = describe(problem)
+        if receipt.outage is None:
+            rest = super().publish([row for row in rows if row.envelope.exchange])
+            receipt.confirmed += rest.confirmed
+            receipt.rejected += rest.rejected
+            receipt.outage = rest.outage
+        else:
+            self.close()
+        return receipt
+
+    def ping(self) -> None:
+        """Make a round trip to the server."""
+        try:
+            nats = self.producer().channel.nats
+            nats.call(nats.nats.flush())
+        except Exception as error:
+            self._give_up(error)
+
+    def _entries(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, Any]]:
+        entries = []
+        for row in rows:
+            if row.envelope.exchange:
+                continue
+            try:
+                envelope = outgoing(row)
+                self.prepare(row)
+            except MessageRejected as error:
+                receipt.rejected.append((row, str(error)))
+                continue
+            identity = f"{envelope.task_id}-{row.id}"
+            channel = self.producer().channel
+            step = step_of(channel.settings, envelope.priority)
+            body = virtual_message(envelope, identity).encode()
+            entries.append((row, (envelope.routing_key, step, body, identity)))
+        return entries
