@@ -21,11 +21,11 @@ from nats.aio.client import Client as NatsClient
 from nats.js import api
 from nats.js import errors as js_errors
 
-from catga_tasks.brokers.nats_errors import Unreachable, translated
+from catga_tasks.brokers.nats_errors import StreamGone, Unreachable, refusal, translated
 from catga_tasks.errors import CatgaError, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Sequence
+    from collections.abc import Coroutine, Sequence
 
     from nats.aio.msg import Msg
 
@@ -85,8 +85,9 @@ class Connection:
         self._posting = False
         self._held: dict[str, None] = {}
         self._unconfirmed: dict[str, tuple[str, bytes]] = {}
+        self._awaited: dict[str, tuple[_Batch, int]] = {}
         self._tokens = 0
-        self._ack_inbox = ""
+        self._inbox = ""
         self._pulls: set[Pull] = set()
         self._known: set[str] = set()
         self._grace: asyncio.TimerHandle | None = None
@@ -185,8 +186,8 @@ class Connection:
         await connecting
         self._first_error = None
         self.js = self.nats.jetstream(timeout=self.settings.publish_timeout)
-        self._ack_inbox = self.nats.new_inbox()
-        await self.nats.subscribe(f"{self._ack_inbox}.*", cb=self._confirmed)
+        self._inbox = self.nats.new_inbox()
+        await self.nats.subscribe(f"{self._inbox}.*", cb=self._confirmed)
         self.background(self._beat())
 
     def _options(self) -> dict[str, Any]:
@@ -232,7 +233,7 @@ class Connection:
             self._grace = None
         logger.warning("The connection to NATS is back.")
         for token, (reply, verb) in list(self._unconfirmed.items()):
-            await self.nats.publish(reply, verb, reply=f"{self._ack_inbox}.{token}")
+            await self.nats.publish(reply, verb, reply=f"{self._inbox}.{token}")
         for pull in self._pulls:
             pull.reset()
 
@@ -253,10 +254,15 @@ class Connection:
             self._unconfirmed[token] = (reply, verb)
             with contextlib.suppress(errors.Error):
                 # In an outage it goes out again when the connection is back.
-                await self.nats.publish(reply, verb, reply=f"{self._ack_inbox}.{token}")
+                await self.nats.publish(reply, verb, reply=f"{self._inbox}.{token}")
 
     async def _confirmed(self, msg: Msg) -> None:
-        self._unconfirmed.pop(msg.subject.rpartition(".")[2], None)
+        token = msg.subject.rpartition(".")[2]
+        batch, number = self._awaited.pop(token, (None, 0))
+        if batch is None:
+            self._unconfirmed.pop(token, None)
+        else:
+            batch.answer(number, refusal(msg))
 
     async def _beat(self) -> None:
         """Tell the server that what is held is still in hand: the worker's own thread may be busy for hours."""
@@ -378,23 +384,45 @@ class Connection:
 
     # Messages
 
-    async def publish(self, entries: Iterable[tuple[str, int, bytes, str]]) -> list[Exception | None]:
-        """Publish (queue, step, body, id) each and wait for all confirmations; return each one's error or None."""
-        pending = []
-        for queue, step, body, identity in entries:
+    async def publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
+        """Publish (queue, step, body, id) each and wait for all confirmations; return each one's error or None.
+
+        What finds its stream gone, as after a delete elsewhere, is published again to a new one.
+        """
+        found = await self._publish(entries)
+        again = [number for number, error in enumerate(found) if isinstance(error, StreamGone)]
+        if again:
+            for number in again:
+                self._known.discard(entries[number][0])
+            for number, error in zip(again, await self._publish([entries[n] for n in again]), strict=True):
+                found[number] = error
+        return found
+
+    async def _publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
+        batch = _Batch(len(entries))
+        tokens = []
+        for number, (queue, step, body, identity) in enumerate(entries):
+            self._tokens += 1
+            token = str(self._tokens)
+            self._awaited[token] = (batch, number)
+            tokens.append(token)
             try:
                 await self.ensure(queue)
-                pending.append(
-                    await self.js.publish_async(
-                        self.settings.subject(queue, step), body, headers={"Nats-Msg-Id": identity}
-                    )
+                await self.nats.publish(
+                    self.settings.subject(queue, step),
+                    body,
+                    reply=f"{self._inbox}.{token}",
+                    headers={"Nats-Msg-Id": identity},
                 )
-            except (errors.MaxPayloadError, CatgaError, ChannelError) as error:
-                pending.append(error)
-        futures = [each for each in pending if isinstance(each, asyncio.Future)]
-        if futures:
-            await asyncio.wait(futures, timeout=self.settings.publish_timeout)
-        return [_outcome(each) for each in pending]
+            except (errors.Error, CatgaError, ChannelError) as error:
+                batch.answer(number, translated(error))
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(batch.complete.wait(), self.settings.publish_timeout)
+        finally:
+            for token in tokens:
+                self._awaited.pop(token, None)
+        return batch.outcomes
 
     async def fetch(self, queue: str) -> Msg | None:
         """Take one message now, the first priority first."""
@@ -425,11 +453,20 @@ class Connection:
         self.settle(msg.reply, b"+TERM")
 
 
-def _outcome(pending: Any) -> Exception | None:
-    if isinstance(pending, Exception):
-        return translated(pending)
-    if not pending.done():
-        pending.cancel()
-        return Unreachable("NATS didn't confirm the message in time (publish_timeout).")
-    error = pending.exception()
-    return None if error is None else translated(error)
+class _Batch:
+    """The confirmations of messages that were published together."""
+
+    def __init__(self, count: int) -> None:
+        late: Exception = Unreachable("NATS didn't confirm the message in time (publish_timeout).")
+        self.outcomes: list[Exception | None] = [late] * count
+        self.complete = asyncio.Event()
+        self._open = count
+        if not count:
+            self.complete.set()
+
+    def answer(self, number: int, error: Exception | None) -> None:
+        """Note what became of one."""
+        self.outcomes[number] = error
+        self._open -= 1
+        if not self._open:
+            self.complete.set()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from typing import TYPE_CHECKING
+
 from kombu.exceptions import ChannelError
 from nats import errors
 from nats.js import errors as js_errors
 
 from catga_tasks.errors import CatgaError, ConfigurationError, MessageRejected
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 
 class Unreachable(CatgaError, ConnectionError):
@@ -15,6 +21,20 @@ class Unreachable(CatgaError, ConnectionError):
 
 class AccessRefused(ConfigurationError):
     """The server refuses these credentials, or what they may do. Trying again doesn't help."""
+
+
+class StreamGone(CatgaError):
+    """Nobody stores what is published to this subject."""
+
+
+def refusal(msg: Msg) -> Exception | None:
+    """Return what a confirmation says against the message, or None."""
+    if msg.headers and msg.headers.get("Status") == "503":
+        return StreamGone("There is no stream for this queue.")
+    if b'"error"' not in msg.data:
+        return None
+    error = json.loads(msg.data)["error"]
+    return translated(js_errors.APIError(**{name: error.get(name) for name in ("code", "err_code", "description")}))
 
 
 def translated(error: BaseException) -> Exception:

@@ -6,6 +6,7 @@ import difflib
 import re
 import ssl
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from catga_tasks.errors import ConfigurationError
@@ -129,17 +130,13 @@ class NatsSettings:
         return context
 
 
+@lru_cache(maxsize=4096)
 def escape(name: str) -> str:
     """Write a name with the characters that streams and subjects allow; `=XX` stands for each byte of the others."""
     return "".join(
         chr(byte) if (chr(byte).isalnum() and byte < 128) or byte in b"_-" else f"={byte:02X}"  # noqa: PLR2004 - ASCII
         for byte in name.encode()
     )
-
-
-def unescape(text: str) -> str:
-    """Undo `escape`."""
-    return re.sub(rb"=([0-9A-F]{2})", lambda found: bytes.fromhex(found[1].decode()), text.encode()).decode()
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
