@@ -184,6 +184,23 @@ def status_command(app: Catga, *, as_json: bool) -> None:
     context.exit(NO_RELAY if waiting and not found["relays"] else HEALTHY)
 
 
+@_command(outbox, "dev")
+@_option("--data", default=".catga", show_default=True, help="Folder of the broker's data.")
+@_option("--concurrency", "-c", type=click.IntRange(min=1), help="The worker's processes or threads.")
+@_option("--pool", "-P", help="The worker's pool: prefork, threads, solo.")
+@_option("--flower-port", type=int, default=5555, show_default=True, help="Port of Flower.")
+@_option("--no-flower", is_flag=True, help="Don't start Flower.")
+def dev_command(
+    app: Catga, *, data: str, concurrency: int | None, pool: str | None, flower_port: int, no_flower: bool
+) -> None:
+    """Run everything in this terminal, with an embedded NATS server as the broker: for development."""
+    from catga_tasks import dev
+
+    context = click.get_current_context()
+    name, flower = context.find_root().params["app"], None if no_flower else flower_port
+    context.exit(dev.run(app, name, data=data, concurrency=concurrency, pool=pool, flower=flower))
+
+
 def _draw_status(found: dict[str, Any]) -> None:
     console = _console()
     oldest = found["oldest_age_seconds"]

@@ -100,20 +100,36 @@ def wire_subject(settings: NatsSettings, exchange: str, routing_key: str) -> str
 
 
 def subjects_of(settings: NatsSettings, exchange: str, kind: str, routing_key: str) -> list[str]:
-    """Return the subjects that a binding listens to.
+    """Return the subjects that a binding listens to; more may come on them than it wants, see `wanted`.
 
     A topic's `#` stands for any number of words, none included; NATS' `>` for one or more, at the end alone. So
-    `a.#` listens to `a` and `a.>`. What a `#` elsewhere lets through too much is known by nobody else.
+    `a.#` listens to `a` and `a.>`.
     """
     base = f"{settings.stream_prefix}.x.{escape(exchange)}"
     if kind == "fanout":
         return [f"{base}.>"]
-    words = [word if kind == "topic" and word in "*#" else escape(word) or "_" for word in routing_key.split(".")]
+    words = [word if kind == "topic" and word in ("*", "#") else escape(word) or "_" for word in routing_key.split(".")]
     if "#" not in words:
         return [f"{base}.{'.'.join(words)}"]
     before = words[: words.index("#")]
-    listened = [".".join([base, *before, ">"])]
-    return [".".join([base, *before]), *listened] if before else listened
+    return [".".join([base, *before, ">"]), *([".".join([base, *before])] if before else [])]
+
+
+def wanted(kind: str, pattern: str, routing_key: str) -> bool:
+    """Return whether a binding takes a message, by the rules of AMQP 0-9-1 (3.1.3)."""
+    if kind == "fanout":
+        return True
+    if kind == "direct":
+        return pattern == routing_key
+    return _matches(pattern.split("."), routing_key.split("."))
+
+
+def _matches(pattern: list[str], words: list[str]) -> bool:
+    if not pattern:
+        return not words
+    if pattern[0] == "#":
+        return any(_matches(pattern[1:], words[start:]) for start in range(len(words) + 1))
+    return bool(words) and pattern[0] in ("*", words[0]) and _matches(pattern[1:], words[1:])
 
 
 def _words(routing_key: str) -> list[str]:

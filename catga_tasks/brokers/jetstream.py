@@ -429,8 +429,9 @@ class Connection:
         stream = self.settings.stream(queue)
         for step in self.settings.priority_steps:
             subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.step-{step}"
+            # An inbox of its own: a message keeps its stream's subject, by which nats-py's shared inbox can't tell it.
             msg = await self.nats.request(
-                subject, b'{"batch": 1, "no_wait": true}', timeout=self.settings.publish_timeout
+                subject, b'{"batch": 1, "no_wait": true}', timeout=self.settings.publish_timeout, old_style=True
             )
             if msg.reply:
                 self._held[msg.reply] = None

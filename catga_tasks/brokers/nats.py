@@ -38,7 +38,7 @@ from kombu.utils.json import dumps, loads
 from kombu.utils.url import maybe_sanitize_url
 from kombu.utils.uuid import uuid
 
-from catga_tasks.brokers.bindings import Bindings, subjects_of, wire_subject
+from catga_tasks.brokers.bindings import Bindings, subjects_of, wanted, wire_subject
 from catga_tasks.brokers.jetstream import Connection
 from catga_tasks.brokers.nats_errors import Unreachable
 from catga_tasks.brokers.nats_settings import NatsSettings
@@ -88,6 +88,18 @@ class Tap(Buffer):
         super().__init__()
         self._connection = connection
         self._subscriptions: dict[str, Any] = {}
+        self._bound: list[tuple[str, str, str]] = []
+
+    def bind(self, exchange: str, kind: str, routing_key: str) -> None:
+        """Take what this binding wants of the exchange's messages."""
+        self._bound.append((exchange, kind, routing_key))
+
+    def takes(self, exchange: str, routing_key: str) -> bool:
+        """Return whether a message is for this queue: a subject may let more through."""
+        if not exchange:
+            return True
+        bound = [(kind, pattern) for name, kind, pattern in self._bound if name == exchange]
+        return any(wanted(kind, pattern, routing_key) for kind, pattern in bound)
 
     def listen(self, subjects: Sequence[str]) -> None:
         """Subscribe, and return when the server knows of it: a broadcast may follow at once."""
@@ -148,6 +160,7 @@ class Channel(virtual.Channel):
         kind = self.typeof(exchange).type
         tap = self.connection.taps.get(queue)
         if tap is not None:
+            tap.bind(exchange, kind, routing_key or "")
             tap.listen(subjects_of(self.settings, exchange, kind, routing_key or ""))
             return
         self.connection.bindings.add(exchange, kind, routing_key or "", queue)
@@ -236,12 +249,7 @@ class Channel(virtual.Channel):
 
     def _routed(self, exchange: str, routing_key: str) -> list[str]:
         bound = self.connection.bindings.of(exchange)
-        if not bound:
-            return []
-        kind = self.exchange_types[bound[0][0]]
-        if bound[0][0] == "fanout":
-            return [queue for _, _, queue in bound]
-        return list(dict.fromkeys(kind.lookup(self.get_table(exchange), exchange, routing_key, None)))
+        return list(dict.fromkeys(queue for kind, pattern, queue in bound if wanted(kind, pattern, routing_key)))
 
     def _step(self, message: dict[str, Any]) -> int:
         return step_of(self.settings, message["properties"].get("priority"))
@@ -350,7 +358,12 @@ class Channel(virtual.Channel):
             if msg.reply:
                 self.nats.call(self.nats.bury(queue, msg, "the message can't be decoded"))
             return None
-        if msg.reply:
+        if not msg.reply:
+            info = properties["delivery_info"]
+            tap = self.connection.taps.get(queue)
+            if tap is None or not tap.takes(info["exchange"], info["routing_key"]):
+                return None
+        else:
             self._deliveries[tag] = (msg.reply, delivered)
             if queue in self._without_ack:
                 self.settle(tag, b"+ACK")

@@ -10,19 +10,23 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import click
 import pytest
 
 from catga_tasks import cli
+from catga_tasks.brokers.nats_settings import NatsSettings
 from catga_tasks.config import Settings
 from tests.processes import ROOT, Process
 from tests.waiting import wait_until
+from workers.servers import NatsServer, ServerMissingError
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\S[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 REDIS, POSTGRES = "redis://127.0.0.1:6379/0", "postgresql+psycopg://127.0.0.1/shop"
+NATS = "nats://127.0.0.1:4222"
 
 
 class Reader:
@@ -75,10 +79,21 @@ class Reader:
             process.kill()
 
 
+@pytest.fixture
+def own_nats():
+    """A server without queues of other pages and tests."""
+    try:
+        with NatsServer() as server:
+            yield server.url
+    except ServerMissingError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_examples_run(page, tmp_path, redis_url, postgres_url):
+def test_the_examples_run(page, tmp_path, redis_url, postgres_url, request):
     text = page.read_text()
-    reader = Reader(tmp_path, {REDIS: redis_url, POSTGRES: postgres_url})
+    nats = request.getfixturevalue("own_nats") if NATS in text else NATS
+    reader = Reader(tmp_path, {REDIS: redis_url, POSTGRES: postgres_url, NATS: nats})
     try:
         for kind, content in BLOCK.findall(text):
             reader.do(kind.strip(), content)
@@ -101,6 +116,11 @@ def test_every_setting_is_in_the_reference():
     )
     defaults = Settings()
     assert rows == {name: str(getattr(defaults, name)) for name in Settings.__slots__}
+
+
+def test_every_option_of_nats_is_in_the_reference():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", (ROOT / "docs/reference/nats.md").read_text(), re.MULTILINE))
+    assert rows == {field.name: str(field.default) for field in fields(NatsSettings)}
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()):
