@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from kombu.exceptions import ChannelError
 from nats import errors
 from nats.aio.client import Client as NatsClient
-from nats.js import api
-from nats.js import errors as js_errors
 
 from catga_tasks.brokers.nats_errors import StreamGone, Unreachable, refusal, translated
-from catga_tasks.errors import CatgaError, ConfigurationError
+from catga_tasks.brokers.streams import Streams
+from catga_tasks.errors import CatgaError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -33,11 +32,6 @@ if TYPE_CHECKING:
     from catga_tasks.brokers.pulling import Pull
 
 logger = logging.getLogger("catga_tasks.nats")
-
-#: Requests for messages that may wait on one consumer. It can't be changed later.
-MAX_WAITING = 4096
-#: The server's code for a stream of that name with another configuration.
-_STREAM_EXISTS = 10058
 
 
 class _Thread:
@@ -89,7 +83,7 @@ class Connection:
         self._tokens = 0
         self._inbox = ""
         self._pulls: set[Pull] = set()
-        self._known: set[str] = set()
+        self.streams = Streams(self)
         self._grace: asyncio.TimerHandle | None = None
         self._first_error: asyncio.Future[None] | None = None
         self._closing = False
@@ -290,98 +284,6 @@ class Connection:
         with contextlib.suppress(Exception):
             await self.nats.close()
 
-    # Streams
-
-    async def ensure(self, queue: str) -> None:
-        """Make the queue's stream and its consumers, or bring them to the settings."""
-        if queue in self._known:
-            return
-        settings = self.settings
-        wanted = api.StreamConfig(
-            name=settings.stream(queue),
-            subjects=[settings.subject(queue)],
-            retention=api.RetentionPolicy.WORK_QUEUE,
-            storage=api.StorageType(settings.storage),
-            num_replicas=settings.replicas,
-            discard=api.DiscardPolicy(settings.discard),
-            duplicate_window=min(settings.duplicate_window, settings.max_age or settings.duplicate_window),
-            max_age=settings.max_age or 0,
-            max_msgs=settings.max_msgs or -1,
-            max_bytes=settings.max_bytes or -1,
-            max_msg_size=settings.max_msg_size or -1,
-            compression=api.StoreCompression.S2 if settings.compression else api.StoreCompression.NONE,
-        )
-        try:
-            await self.js.add_stream(wanted)
-        except js_errors.APIError as error:
-            if error.err_code != _STREAM_EXISTS:
-                raise
-            await self._adjust(queue, wanted)
-        for step in settings.priority_steps:
-            await self.js.add_consumer(
-                wanted.name,
-                api.ConsumerConfig(
-                    durable_name=f"step-{step}",
-                    filter_subject=settings.subject(queue, step),
-                    ack_policy=api.AckPolicy.EXPLICIT,
-                    ack_wait=settings.ack_wait,
-                    max_ack_pending=settings.max_ack_pending,
-                    max_waiting=MAX_WAITING,
-                    # The server would leave a message that reaches its limit stuck and unseen; it is counted here.
-                    max_deliver=-1,
-                ),
-            )
-        self._known.add(queue)
-
-    async def _adjust(self, queue: str, wanted: api.StreamConfig) -> None:
-        found = (await self.js.stream_info(wanted.name)).config
-        if found.subjects != wanted.subjects or found.retention != wanted.retention:
-            message = (
-                f"NATS has a stream {wanted.name} that isn't ours (its subjects are {found.subjects}): choose another "
-                "stream_prefix in broker_transport_options."
-            )
-            raise ConfigurationError(message)
-        try:
-            await self.js.update_stream(wanted)
-        except js_errors.APIError as error:
-            message = (
-                f"The stream of queue {queue} differs from broker_transport_options and can't be changed "
-                f"({error.description}): set them as it is, or drain and delete it."
-            )
-            raise ConfigurationError(message) from None
-
-    async def exists(self, queue: str) -> bool:
-        """Return whether the queue has a stream."""
-        if queue in self._known:
-            return True
-        try:
-            await self.js.stream_info(self.settings.stream(queue))
-        except js_errors.NotFoundError:
-            return False
-        return True
-
-    async def size(self, queue: str) -> int:
-        """Return how many messages are ready; those that a worker holds don't count."""
-        stream, steps = self.settings.stream(queue), self.settings.priority_steps
-        try:
-            found = await asyncio.gather(*(self.js.consumer_info(stream, f"step-{step}") for step in steps))
-        except js_errors.NotFoundError:
-            return 0
-        return sum(info.num_pending for info in found)
-
-    async def purge(self, queue: str) -> int:
-        """Delete all messages, also those that a worker holds; return how many were ready."""
-        ready = await self.size(queue)
-        with contextlib.suppress(js_errors.NotFoundError):
-            await self.js.purge_stream(self.settings.stream(queue))
-        return ready
-
-    async def delete(self, queue: str) -> None:
-        """Delete the queue's stream."""
-        self._known.discard(queue)
-        with contextlib.suppress(js_errors.NotFoundError):
-            await self.js.delete_stream(self.settings.stream(queue))
-
     # Messages
 
     async def publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
@@ -393,7 +295,7 @@ class Connection:
         again = [number for number, error in enumerate(found) if isinstance(error, StreamGone)]
         if again:
             for number in again:
-                self._known.discard(entries[number][0])
+                self.streams.known.discard(entries[number][0])
             for number, error in zip(again, await self._publish([entries[n] for n in again]), strict=True):
                 found[number] = error
         return found
@@ -407,7 +309,7 @@ class Connection:
             self._awaited[token] = (batch, number)
             tokens.append(token)
             try:
-                await self.ensure(queue)
+                await self.streams.ensure(queue)
                 await self.nats.publish(
                     self.settings.subject(queue, step),
                     body,
@@ -445,9 +347,9 @@ class Connection:
     async def bury(self, queue: str, msg: Msg, reason: str) -> None:
         """Move a message to the dead letters, and only then end it."""
         name = f"{self.settings.stream_prefix}-dead"
-        if name not in self._known:
+        if name not in self.streams.known:
             await self.js.add_stream(name=name, subjects=[f"{self.settings.stream_prefix}.dead.>"])
-            self._known.add(name)
+            self.streams.known.add(name)
         subject = self.settings.subject(queue, 0).replace(".q.", ".dead.", 1)
         headers = {"Catga-Queue": queue, "Catga-Reason": reason, "Catga-Died-Of": str(msg.metadata.num_delivered)}
         await self.js.publish(subject, msg.data, headers=headers)

@@ -8,7 +8,7 @@ from kombu.exceptions import ChannelError
 
 from catga_tasks.brokers.contract import Receipt
 from catga_tasks.brokers.generic import KombuPublisher, describe
-from catga_tasks.brokers.nats import step_of
+from catga_tasks.brokers.nats_channel import step_of
 from catga_tasks.envelope import outgoing, virtual_message
 from catga_tasks.errors import BrokerUnavailable, MessageRejected
 

@@ -93,7 +93,7 @@ class Pull:
             headers = msg.headers or {}
             self._outstanding = max(0, self._outstanding - int(headers.get("Nats-Pending-Messages", self._outstanding)))
             if headers.get("Status") in ("404", "409", "503") and "Deleted" in str(headers.get("Description")):
-                self._connection._known.discard(self._queue)
+                self._connection.streams.known.discard(self._queue)
             self._connection._loop.call_later(0.05, self.request)
             return
         self._outstanding = max(0, self._outstanding - 1)
