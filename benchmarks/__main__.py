@@ -52,7 +52,8 @@ def markdown(rows: list[Row]) -> str:
     machine = (
         f"`make bench` on {dt.datetime.now(tz=dt.UTC):%Y-%m-%d}: {os.cpu_count()} cores, {platform.system()} "
         f"{platform.machine()}, Python {platform.python_version()}, {versions}. PostgreSQL 18 (fsync on) and Redis on "
-        "the same machine, which is shared and noisy: read the ratios, each from a run in which both sides took turns."
+        "the same machine, which is shared and noisy: read the ratios. Both sides took turns, except for latency and "
+        "claim, which ran one after the other."
     )
     lines = [
         "# Results",

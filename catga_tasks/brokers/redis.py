@@ -72,7 +72,7 @@ class RedisPublisher(KombuPublisher):
     def _pushes(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, str, str]]:
         pushes = []
         # A random name for the batch, with the row's number: one for each message took a fifth of the time.
-        batch = uuid.uuid4()
+        batch = str(uuid.uuid4())
         for row in rows:
             if row.envelope.exchange:
                 continue

@@ -231,23 +231,28 @@ def test_24_the_same_id_is_stored_once(connect):
 
 
 def test_30_poison_ends_as_a_dead_letter(connect, options):
+    """Given back each time, it comes no more than `max_deliver` times, and its source is gone."""
     with connect() as connection:
         publish(connection, ["poison"])
-    for _ in range(2):
-        with connect(max_deliver=2) as connection:
-            held(connection, 1)[0].requeue()
-    with connect(max_deliver=2) as connection:
-        held(connection, 0, deadline=1)
+    with connect(max_deliver=3) as connection:
         nats = connection.default_channel.nats
-        stream = f"{options['stream_prefix']}-dead"
+        prefix = options["stream_prefix"]
+        came = []
+
+        def give_back(body, message):
+            came.append(body)
+            message.requeue()
 
         def dead():
+            drained(connection)
             with contextlib.suppress(Exception):
-                return nats.call(nats.js.get_last_msg(stream, f"{options['stream_prefix']}.dead.q.0"))
+                return nats.call(nats.js.get_last_msg(f"{prefix}-dead", f"{prefix}.dead.q.0"))
 
-        letter = wait_until(dead)
-        assert "delivered 2 times" in letter.headers["Catga-Reason"]
-        wait_until(lambda: nats.call(nats.js.stream_info(f"{options['stream_prefix']}-q")).state.messages == 0)
+        with connection.Consumer(Queue("q"), callbacks=[give_back]):
+            letter = wait_until(dead)
+        assert came == ["poison"] * 3
+        assert "delivered 3 times" in letter.headers["Catga-Reason"]
+        wait_until(lambda: nats.call(nats.js.stream_info(f"{prefix}-q")).state.messages == 0)
 
 
 def test_24_garbage_is_kept_as_a_dead_letter(connect, options, caplog):
@@ -295,8 +300,8 @@ def test_26_a_restart_of_the_server_is_survived(own_nats, options):
         server.restart()
         publish(connection, ["after"])
         messages[0].ack()
-        wait_until(lambda: drained(connection) or len(messages) >= 2)
-        assert messages[-1].payload == "after"
+        # The first one may come again: the restart may have taken longer than ack_wait.
+        wait_until(lambda: drained(connection) or "after" in [message.payload for message in messages])
 
 
 def test_25_a_publish_in_an_outage_has_an_answer(own_nats, options):
