@@ -175,8 +175,13 @@ class OutboxAMQP(AMQP):
         )
 
     def entities(self, queue: str) -> list[Any]:
-        """Return what to declare for a queue of the application's own."""
+        """Return what to declare for a queue of the application's own, also if this process hasn't met it yet.
+
+        It is not added to the application's queues: a worker with a relay would consume from it after a reconnect.
+        """
         found = self.queues.get(queue)
+        if found is None and self.queues.create_missing:
+            found = self.queues.new_missing(queue)
         return [found] if found is not None else []
 
     def _declarations(self, queue: str, declare: list[Any]) -> str | None:
@@ -184,7 +189,8 @@ class OutboxAMQP(AMQP):
         if replies is not None:
             reply_queue.set(None)
             return generic.dump([*declare, replies])
-        if not declare or (len(declare) == 1 and declare[0] is self.queues.get(queue)):
+        own = self.queues.get(queue)
+        if own is not None and (not declare or (len(declare) == 1 and declare[0] is own)):
             return None
         return generic.dump(declare)
 

@@ -105,6 +105,15 @@ def test_a_queue_object_of_the_caller_is_declared(make, broker):
     assert broker.llen("special") == 1
 
 
+def test_a_relay_declares_a_queue_that_it_never_met(make, broker):
+    """Another process made it by naming it: a broker that needs a declaration would drop the message."""
+    make().tasks["charge"].apply_async((1,), queue="unseen")
+    relaying = make()
+    assert relaying.relay().run_once() == 1
+    assert broker.smembers("_kombu.binding.unseen")
+    assert "unseen" not in relaying.amqp.queues
+
+
 def test_at_most_once_goes_straight_to_the_broker(make, engine, broker):
     app = make()
     app.tasks["careless"].delay(1)
