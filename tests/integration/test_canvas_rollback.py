@@ -134,12 +134,12 @@ def test_20_a_retry_that_cant_be_stored_goes_back_to_the_broker(app, engine, bro
 
     @app.task(name="charge", shared=False, bind=True, max_retries=3, default_retry_delay=0)
     def charge(self):
-        ran.append(self.request.retries)
         with engine.begin() as connection:
-            if len(ran) == 1:
+            if len(ran) == 0:
                 connection.execute(text("ALTER TABLE catga_outbox RENAME TO away"))
-            elif len(ran) == 2:
+            elif len(ran) == 1:
                 connection.execute(text("ALTER TABLE away RENAME TO catga_outbox"))
+        ran.append(self.request.retries)
         if len(ran) < 3:
             raise self.retry()
 
