@@ -147,7 +147,7 @@ class Catga(Celery):
             from catga_tasks.brokers.redis import RedisPublisher as kind  # noqa: N813 - the class of this broker
         elif connection.transport.driver_type == "nats":
             from catga_tasks.brokers.nats_publisher import NatsPublisher as kind  # noqa: N813
-        return kind(self._publishing_connection, self.amqp.entities, self._call_backend)
+        return kind(self._publishing_connection, self.amqp.entities, self.call_backend)
 
     def _publishing_connection(self) -> Connection:
         timeout = self.catga_settings.outbox_publish_timeout
@@ -202,7 +202,7 @@ class Catga(Celery):
         backend.retry_policy = {**backend.retry_policy, "max_retries": 1, "interval_start": 0.1}
         return backend
 
-    def _call_backend(self, calls: str) -> None:
+    def call_backend(self, calls: str) -> None:
         """Make the calls to the result backend that a message carries, before it is published."""
         for method, *arguments in json.loads(calls):
             original = getattr(self._relays_backend, f"catga_{method}")

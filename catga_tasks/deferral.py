@@ -13,14 +13,25 @@ from celery.backends.base import Backend
 
 #: Calls to the result backend that ride with the next message: a chord's size must be known before its last part runs.
 backend_calls: ContextVar[tuple[list[Any], ...]] = ContextVar("catga_backend_calls", default=())
-#: The queue of `rpc://` that the next message's result will be sent to: it must be there before the task runs.
-reply_queue: ContextVar[Any] = ContextVar("catga_reply_queue", default=None)
+#: The backend whose reply queue (`rpc://`) must be there before the next message's task runs.
+replying: ContextVar[Any] = ContextVar("catga_replying", default=None)
+
+
+def taken() -> tuple[tuple[list[Any], ...], Any]:
+    """Return what rides with the message that is being sent now, whichever way it goes, and forget it."""
+    riding = backend_calls.get(), replying.get()
+    if riding[0]:
+        backend_calls.set(())
+    if riding[1] is not None:
+        replying.set(None)
+    return riding
 
 
 def defer(backend: Any) -> None:
-    """Change this backend so; its own methods stay reachable as `catga_set_chord_size` and `catga_apply_chord`."""
+    """Change this backend so; its own methods stay reachable under their names with `catga_` before them."""
     backend.catga_set_chord_size = backend.set_chord_size
     backend.catga_apply_chord = backend.apply_chord
+    backend.catga_on_task_call = backend.on_task_call
     native = getattr(backend.apply_chord, "__func__", None) is not Backend.apply_chord
 
     def set_chord_size(group_id: str, size: int) -> None:
@@ -38,7 +49,7 @@ def defer(backend: Any) -> None:
 
     def on_task_call(_producer: Any, _task_id: str) -> dict[str, Any]:
         if hasattr(backend, "oid") and hasattr(backend, "binding"):
-            reply_queue.set(backend.binding)
+            replying.set(backend)
         return {}
 
     backend.set_chord_size = set_chord_size

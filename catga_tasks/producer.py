@@ -6,6 +6,7 @@ lets kombu prepare the message as always and keeps it as an envelope instead of 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from celery import current_task
@@ -15,8 +16,8 @@ from kombu import Connection, Exchange, Producer
 from kombu.exceptions import OperationalError
 from kombu.utils.json import JSONEncoder
 
+from catga_tasks import deferral
 from catga_tasks.brokers import generic
-from catga_tasks.deferral import backend_calls, reply_queue
 from catga_tasks.envelope import Envelope
 from catga_tasks.errors import OutboxUnavailable
 
@@ -130,29 +131,31 @@ class OutboxAMQP(AMQP):
         producer = app.outbox_producer
 
         def send_task_message(given: Any, name: str, message: Any, **options: Any) -> Any:
+            riding = deferral.taken()
             if app.bypasses_outbox(name, given):
-                if given is producer:
-                    with app.producer_pool.acquire(block=True) as plain:
-                        return send(plain, name, message, **options)
-                return send(given, name, message, **options)
+                with app.producer_pool.acquire(block=True) if given is producer else nullcontext(given) as direct:
+                    calls, backend = riding
+                    if calls:
+                        app.call_backend(_encode(calls))
+                    if backend is not None:
+                        backend.catga_on_task_call(direct, message.properties["correlation_id"])
+                    return send(direct, name, message, **options)
 
             def keep(prepared: dict[str, Any]) -> None:
-                app.enqueue([self.envelope(prepared, message, queue_name(options.get("queue")))])
+                app.enqueue([self.envelope(prepared, message, queue_name(options.get("queue")), riding)])
 
             return send(_Recording(producer, keep), name, message, **options)
 
         return send_task_message
 
-    def envelope(self, prepared: dict[str, Any], message: Any, queue: str | None) -> Envelope:
-        """Turn a prepared message into an envelope."""
+    def envelope(self, prepared: dict[str, Any], message: Any, queue: str | None, riding: tuple[Any, Any]) -> Envelope:
+        """Turn a prepared message into an envelope, with what `deferral.taken` gave."""
         headers, properties = prepared["headers"], prepared["properties"]
         expiration = properties.get("expiration")
         queue = queue or prepared["routing_key"]
         countdown = getattr(message, "countdown", None)
         eta = None if countdown else _eta(headers.get("eta"))
-        calls = backend_calls.get()
-        if calls:
-            backend_calls.set(())
+        calls, backend = riding
         task_id = headers.get("id") or properties["correlation_id"]
         return Envelope(
             task_id=task_id,
@@ -166,7 +169,7 @@ class OutboxAMQP(AMQP):
             headers=_encode(headers),
             properties=_encode(properties),
             body=prepared["body"],
-            declarations=self._declarations(queue, prepared["declare"] or []),
+            declarations=self._declarations(queue, prepared["declare"] or [], backend),
             backend_calls=_encode(calls) if calls else None,
             send_event=message.sent_event is not None,
             expiration=None if expiration is None else int(expiration) / 1000,
@@ -184,11 +187,9 @@ class OutboxAMQP(AMQP):
             found = self.queues.new_missing(queue)
         return [found] if found is not None else []
 
-    def _declarations(self, queue: str, declare: list[Any]) -> str | None:
-        replies = reply_queue.get()
-        if replies is not None:
-            reply_queue.set(None)
-            return generic.dump([*declare, replies])
+    def _declarations(self, queue: str, declare: list[Any], backend: Any) -> str | None:
+        if backend is not None:
+            return generic.dump([*declare, backend.binding])
         own = self.queues.get(queue)
         if own is not None and (not declare or (len(declare) == 1 and declare[0] is own)):
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
@@ -74,10 +74,14 @@ class KombuPublisher:
                 **_publish_options(loads(envelope.properties)),
             )
         except Exception as error:
-            self.close()
-            self.ping()
-            message = describe(error)
-            raise MessageRejected(message) from error
+            self.blame(error)
+
+    def blame(self, error: Exception) -> NoReturn:
+        """Raise `MessageRejected` after an error if the broker still answers, else `BrokerUnavailable`."""
+        self.close()
+        self.ping()
+        message = describe(error)
+        raise MessageRejected(message) from error
 
     def producer(self) -> Producer:
         """Return the producer on the open connection, opening it first if need be."""
@@ -90,13 +94,7 @@ class KombuPublisher:
 
     def prepare(self, row: Row) -> None:
         """Do what must be done before the publish; raise as `send` does."""
-        try:
-            self.producer()
-            self._declare(row)
-        except MessageRejected:
-            raise
-        except Exception as error:
-            self._give_up(error)
+        self._declare(row)
         if row.envelope.backend_calls is not None:
             try:
                 self._call_backend(row.envelope.backend_calls)
@@ -106,21 +104,28 @@ class KombuPublisher:
                 raise MessageRejected(message) from error
 
     def _declare(self, row: Row) -> None:
+        producer = self._opened()
         envelope = row.envelope
         key = (envelope.queue, envelope.declarations)
         if key in self._declared:
             return
         entities = self._entities(envelope.queue) if envelope.declarations is None else _restored(envelope.declarations)
-        for entity in entities:
-            self.producer().maybe_declare(entity)
+        try:
+            for entity in entities:
+                producer.maybe_declare(entity)
+        except Exception as error:
+            self.blame(error)
         self._declared.add(key)
 
     def ping(self) -> None:
         """Make a real round trip to the broker; raise `BrokerUnavailable` if there is no answer."""
+        self._opened()
+
+    def _opened(self) -> Producer:
         try:
-            self.producer()
+            return self.producer()
         except Exception as error:
-            self._give_up(error)
+            self.give_up(error)
 
     def close(self) -> None:
         """Close the connection, also when it is broken."""
@@ -128,7 +133,8 @@ class KombuPublisher:
         if connection is not None:
             connection.release()
 
-    def _give_up(self, error: Exception) -> None:
+    def give_up(self, error: Exception) -> NoReturn:
+        """Close the connection and raise `BrokerUnavailable`."""
         self.close()
         message = describe(error)
         raise BrokerUnavailable(message) from error

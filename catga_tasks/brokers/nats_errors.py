@@ -23,8 +23,20 @@ class AccessRefused(ConfigurationError):
     """The server refuses these credentials, or what they may do. Trying again doesn't help."""
 
 
+class StreamConflict(ConfigurationError):
+    """A queue's stream isn't as the settings want it and can't be changed, or belongs to somebody else."""
+
+
 class StreamGone(CatgaError):
     """Nobody stores what is published to this subject."""
+
+
+#: What one queue or one message is to blame for, while the server takes those of others.
+AT_FAULT = (MessageRejected, ChannelError, StreamConflict)
+#: The server's codes for an account or a server without JetStream. Its other answers of 503 pass: no leader yet.
+_NO_JETSTREAM = (None, 10039, 10076)
+#: Its codes for resources that are used up: memory, storage, peers, streams or consumers of the account.
+_EXHAUSTED = (10005, 10023, 10026, 10027, 10028, 10047)
 
 
 def refusal(msg: Msg) -> Exception | None:
@@ -48,13 +60,13 @@ def translated(error: BaseException) -> Exception:
         )
     if isinstance(error, errors.AuthorizationError) or "uthorization" in words or "ermissions" in words:
         return AccessRefused(f"NATS refuses access: {words}. Check user, password, token, nkey or credentials.")
-    if isinstance(
-        error, (js_errors.ServiceUnavailableError, js_errors.NoStreamResponseError, errors.NoRespondersError)
-    ):
+    absent = (js_errors.NoStreamResponseError, errors.NoRespondersError)
+    if isinstance(error, absent) or getattr(error, "err_code", 0) in _NO_JETSTREAM:
         return ConfigurationError(
             "NATS has no JetStream here: start the server with -js, or allow it for this account."
         )
     if isinstance(error, js_errors.APIError):
-        rejected: Exception = ChannelError(f"NATS: {error.description}")
-        return rejected
+        passing = error.err_code in _EXHAUSTED or isinstance(error, js_errors.ServiceUnavailableError)
+        kind: type[Exception] = Unreachable if passing else ChannelError
+        return kind(f"NATS: {error.description}")
     return Unreachable(f"NATS can't be reached: {words}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from kombu.exceptions import ChannelError
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from catga_tasks.brokers.contract import Receipt
 from catga_tasks.brokers.generic import KombuPublisher, describe
 from catga_tasks.brokers.nats_channel import step_of
+from catga_tasks.brokers.nats_errors import AT_FAULT
 from catga_tasks.envelope import outgoing, virtual_message
 from catga_tasks.errors import BrokerUnavailable, MessageRejected
 
@@ -42,7 +41,7 @@ class NatsPublisher(KombuPublisher):
         for (row, _), problem in zip(entries, outcomes, strict=True):
             if problem is None:
                 receipt.confirmed.append(row)
-            elif isinstance(problem, (MessageRejected, ChannelError)):
+            elif isinstance(problem, AT_FAULT):
                 receipt.rejected.append((row, describe(problem)))
             else:
                 receipt.outage = describe(problem)
@@ -55,13 +54,20 @@ class NatsPublisher(KombuPublisher):
             self.close()
         return receipt
 
+    def blame(self, error: Exception) -> NoReturn:
+        """Judge by the kind of error: a server that answers a ping may have no JetStream, or no leader."""
+        if not isinstance(error, AT_FAULT):
+            self.give_up(error)
+        message = describe(error)
+        raise MessageRejected(message) from error
+
     def ping(self) -> None:
         """Make a round trip to the server."""
         try:
             nats = self.producer().channel.nats
             nats.call(nats.nats.flush())
         except Exception as error:
-            self._give_up(error)
+            self.give_up(error)
 
     def _entries(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, Any]]:
         entries = []

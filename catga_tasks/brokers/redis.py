@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from redis import exceptions
 
@@ -61,13 +61,22 @@ class RedisPublisher(KombuPublisher):
             receipt.outage = rest.outage
         return receipt
 
+    def blame(self, error: Exception) -> NoReturn:
+        """Ask again on the same connection: an answer of Redis leaves it as it was."""
+        if self._connection is None or isinstance(error, self._connection.connection_errors):
+            self.give_up(error)
+        self._judge(error)
+        self.ping()
+        message = describe(error)
+        raise MessageRejected(message) from error
+
     def ping(self) -> None:
         """Ask the server itself: kombu's connection may be an object without a socket."""
         try:
             with self.producer().channel.conn_or_acquire() as client:
                 client.ping()
         except Exception as error:
-            self._give_up(error)
+            self.give_up(error)
 
     def _pushes(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, str, str]]:
         pushes = []
@@ -108,7 +117,7 @@ class RedisPublisher(KombuPublisher):
                 self._expire(pipeline, pushes)
                 replies = pipeline.execute(raise_on_error=False)
         except (exceptions.AuthenticationError, exceptions.TimeoutError) as error:
-            self._give_up(error)
+            self.give_up(error)
         except Exception as error:
             self.close()
             self.ping()
@@ -150,10 +159,10 @@ class RedisPublisher(KombuPublisher):
     def _judge(self, reply: Exception) -> None:
         """Raise if the answer means that Redis takes nothing from anybody: no row is at fault then."""
         if isinstance(reply, exceptions.ConnectionError) or describe(reply).split(": ", 1)[-1].startswith(_REFUSES_ALL):
-            self._give_up(reply)
+            self.give_up(reply)
         answers = (exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.BusyLoadingError)
         if isinstance(reply, (*answers, exceptions.NoPermissionError, exceptions.AuthenticationError)):
-            self._give_up(reply)
+            self.give_up(reply)
 
 
 class _BatchFailed(Exception):

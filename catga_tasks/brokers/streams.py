@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nats.js import api
 from nats.js import errors as js_errors
 
-from catga_tasks.errors import ConfigurationError
+from catga_tasks.brokers.nats_errors import StreamConflict
 
 if TYPE_CHECKING:
     from catga_tasks.brokers.jetstream import Connection
@@ -76,7 +76,7 @@ class Streams:
                 f"NATS has a stream {wanted.name} that isn't ours (its subjects are {found.subjects}): choose another "
                 "stream_prefix in broker_transport_options."
             )
-            raise ConfigurationError(message)
+            raise StreamConflict(message)
         try:
             await self._connection.js.update_stream(wanted)
         except js_errors.APIError as error:
@@ -84,7 +84,7 @@ class Streams:
                 f"The stream of queue {queue} differs from broker_transport_options and can't be changed "
                 f"({error.description}): set them as it is, or drain and delete it."
             )
-            raise ConfigurationError(message) from None
+            raise StreamConflict(message) from None
 
     async def exists(self, queue: str) -> bool:
         """Return whether the queue has a stream."""

@@ -121,6 +121,15 @@ def test_at_most_once_goes_straight_to_the_broker(make, engine, broker):
     assert (broker.llen("celery"), waiting(engine)) == (3, 0)
 
 
+def test_what_rides_with_a_direct_message_goes_with_it(make, engine):
+    """The reply queue of rpc:// isn't declared with whatever is enqueued next."""
+    app = make(result_backend="rpc://", task_ignore_result=False)
+    app.tasks["careless"].delay(1)
+    app.tasks["charge"].apply_async((2,), ignore_result=True)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT declarations FROM catga_outbox")).scalar_one() is None
+
+
 def test_another_broker_of_the_caller_is_honoured(make, engine, broker, redis_server):
     app = make()
     with Connection(redis_server) as elsewhere:
