@@ -39,26 +39,23 @@ def status(connection: Connection) -> dict[str, Any]:
     no row is counted twice. `oldest_age_seconds` is how long the longest due row has been due, or None.
     """
     due = f"available_at <= {now(connection)}"
+    names = "broker, queue, task"
     counts = text(
-        "SELECT queue, task, "
+        f"SELECT {names}, "
         f"sum(CASE WHEN attempts = 0 AND {due} THEN 1 ELSE 0 END) AS pending, "
         f"sum(CASE WHEN attempts = 0 AND NOT {due} THEN 1 ELSE 0 END) AS scheduled, "
-        "sum(CASE WHEN attempts > 0 THEN 1 ELSE 0 END) AS retrying, 0 AS dead FROM catga_outbox GROUP BY queue, task "
-        "UNION ALL SELECT queue, task, 0, 0, 0, count(*) FROM catga_dead_letters GROUP BY queue, task"
+        f"sum(CASE WHEN attempts > 0 THEN 1 ELSE 0 END) AS retrying, 0 AS dead FROM catga_outbox GROUP BY {names} "
+        f"UNION ALL SELECT {names}, 0, 0, 0, count(*) FROM catga_dead_letters GROUP BY {names}"
     )
     states = ("pending", "scheduled", "retrying", "dead")
-    by_task: dict[tuple[str, str], dict[str, Any]] = {}
+    by_task: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in connection.execute(counts).mappings():
-        fresh = {"queue": row["queue"], "task": row["task"], **dict.fromkeys(states, 0)}
-        entry = by_task.setdefault((row["queue"], row["task"]), fresh)
+        whose = {name: row[name] for name in ("broker", "queue", "task")}
+        entry = by_task.setdefault(tuple(whose.values()), {**whose, **dict.fromkeys(states, 0)})
         for state in states:
             entry[state] += int(row[state])
-    oldest = connection.execute(
-        text(
-            f"SELECT {seconds_since(connection, 'available_at')} FROM catga_outbox WHERE {due} "
-            "ORDER BY available_at, id LIMIT 1"
-        )
-    ).scalar()
+    first = text(f"SELECT max({seconds_since(connection, 'available_at')}) FROM catga_outbox WHERE {due}")
+    oldest = connection.execute(first).scalar()
     return {
         **{state: sum(entry[state] for entry in by_task.values()) for state in states},
         "published": liveness.published(connection),
@@ -75,10 +72,10 @@ def count(connection: Connection, table: str, selection: Selection) -> int:
 
 
 def dead_letters(connection: Connection, selection: Selection, limit: int) -> list[dict[str, Any]]:
-    """Return the dead letters, the latest first: id, task, task_id, queue, attempts, died_at, error."""
+    """Return the dead letters, the latest first: id, task, task_id, broker, queue, attempts, died_at, error."""
     where, parameters = _where(connection, "catga_dead_letters", selection)
     statement = _bound(
-        "SELECT id, task, task_id, queue, attempts, CAST(died_at AS text) AS died_at, error "
+        "SELECT id, task, task_id, broker, queue, attempts, CAST(died_at AS text) AS died_at, error "
         f"FROM catga_dead_letters{where} ORDER BY died_at DESC, id DESC LIMIT :limit",
         selection,
     )

@@ -7,11 +7,12 @@ import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from celery.result import result_from_tuple
+from kombu import pools
 from kombu.utils.json import loads
 
 from catga_tasks import bulk, deferral
@@ -24,7 +25,7 @@ from catga_tasks.producer import (
     OutboxProducer,
     is_retry,
 )
-from catga_tasks.relay import Relay
+from catga_tasks.relay import Lane, Relay
 from catga_tasks.task import choose_delivery
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Catga(Celery):
 
     @cached_property
     def _idle_connection(self) -> Connection:
-        return self.connection_for_write()
+        return self.connection_to()
 
     @contextmanager
     def producer_or_acquire(self, producer: Any = None) -> Iterator[Any]:
@@ -136,22 +137,67 @@ class Catga(Celery):
         settings = self.catga_settings
         if batch_size is not None:
             settings = replace(settings, outbox_batch_size=batch_size)
-        return Relay(self.outbox.engine, self.publisher(), settings, queues=queues, published=self._announce)
+        names = ("", *settings.outbox_brokers)
+        return Relay([
+            Lane(
+                self.outbox.engine,
+                self.publisher(name),
+                settings,
+                broker=name,
+                brokers=names,
+                queues=queues,
+                published=partial(self._announce, name),
+            )
+            for name in names
+        ])  # fmt: skip
 
-    def publisher(self) -> Publisher:
-        """Return the publisher for this application's broker."""
-        connection = self._publishing_connection()
+    def publisher(self, broker: str = "") -> Publisher:
+        """Return the publisher for this application's own broker, or for one of `outbox_brokers`."""
+        connection = self._publishing_connection(broker)
         kind = KombuPublisher
         # Imported here: each one's client is an extra.
         if connection.transport.driver_type == "redis":
             from catga_tasks.brokers.redis import RedisPublisher as kind  # noqa: N813 - the class of this broker
         elif connection.transport.driver_type == "nats":
             from catga_tasks.brokers.nats_publisher import NatsPublisher as kind  # noqa: N813
-        return kind(self._publishing_connection, self.amqp.entities, self.call_backend)
+        return kind(partial(self._publishing_connection, broker), self.amqp.entities, self.call_backend)
 
-    def _publishing_connection(self) -> Connection:
+    def connection_to(self, broker: str = "", **options: Any) -> Connection:
+        """Return a connection for publishing to the broker of this name, or to the application's own."""
+        return self.connection_for_write(broker or self._own_broker, **options)
+
+    @property
+    def _own_broker(self) -> Any:
+        """Where calls without `broker` go, also in a worker that was started with `-b` and another's name."""
+        given = self.conf.broker_write_url
+        if given not in self.catga_settings.outbox_brokers:
+            return given
+        own = self.conf.first("broker_url", "broker_host")
+        if not own:
+            message = (
+                f"-b {given} says whose messages to take, not where to send those without a broker: set broker_url."
+            )
+            raise ConfigurationError(message)
+        return own
+
+    def _connection(self, url: Any, *args: Any, **options: Any) -> Connection:
+        """Connect to a URL, or to a broker of `outbox_brokers` by its name, with its own transport options."""
+        if not isinstance(url, str) or url not in self.catga_settings.outbox_brokers:
+            return super()._connection(url, *args, **options)
+        url, transport_options = self.catga_settings.broker(url)
+        transport_options.update(options.get("transport_options") or {})
+        timeout = self.either("broker_connection_timeout", options.get("connect_timeout"))
+        return self.amqp.Connection(
+            url, heartbeat=options.get("heartbeat"), transport_options=transport_options, connect_timeout=timeout
+        )
+
+    def direct_producer(self, broker: str) -> Any:
+        """Return a context manager: a producer for messages that go straight to the broker."""
+        return pools.producers[self.connection_to(broker)].acquire(block=True)
+
+    def _publishing_connection(self, broker: str) -> Connection:
         timeout = self.catga_settings.outbox_publish_timeout
-        connection = self.connection_for_write(connect_timeout=timeout)
+        connection = self.connection_to(broker, connect_timeout=timeout)
         limits: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
         if connection.transport_cls in ("nats", "tls"):
             limits = {"publish_timeout": timeout, "connect_timeout": min(timeout, 5.0)}
@@ -160,19 +206,19 @@ class Catga(Celery):
         connection.transport_options = {**connection.transport_options, **limits}
         return connection
 
-    def _announce(self, envelopes: list[Envelope]) -> None:
+    def _announce(self, broker: str, envelopes: list[Envelope]) -> None:
         """Send Celery's task-sent events of messages that the broker confirmed."""
         wanted = [envelope for envelope in envelopes if envelope.send_event]
         try:
-            self._send_events(wanted)
+            self._send_events(broker, wanted)
         except Exception as error:  # noqa: BLE001 - an event is worth no relay
             logger.warning("%d task-sent events were not sent: %s", len(wanted), type(error).__name__)
 
-    def _send_events(self, wanted: list[Envelope]) -> None:
+    def _send_events(self, broker: str, wanted: list[Envelope]) -> None:
         if not wanted:
             return
         with (
-            self._publishing_connection() as connection,
+            self._publishing_connection(broker) as connection,
             self.events.Dispatcher(connection, buffer_while_offline=False) as dispatcher,
         ):
             for envelope in wanted:

@@ -34,12 +34,15 @@ SWEEP_SHARE = 0.05
 
 
 class Claims:
-    """The rows that one relay has in hand: `take`, then `settle` or `release`. Not for several threads."""
+    """What a relay has in hand of one broker's rows: `take`, then `settle` or `release`. Not for several threads."""
 
-    def __init__(self, engine: Engine, settings: Settings, *, relay: str, queues: Sequence[str] = ()) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, *, relay: str, broker: str = "", queues: Sequence[str] = ()
+    ) -> None:
         self._engine = engine
         self._settings = settings
         self._relay = relay
+        self._broker = broker
         self._queues: tuple[str | None, ...] = tuple(queues) or (None,)
         self._locks = engine.dialect.name == "postgresql"
         self._work: Connection | None = None
@@ -79,7 +82,7 @@ class Claims:
         """
         work = self._open()
         with _released_on_error(self):
-            if not self._locks and not liveness.hold_lease(work, self._relay):
+            if not self._locks and not liveness.hold_lease(work, self._relay, self._broker):
                 message = "Another relay took over while this one was stalled; its rows are left to that one."
                 raise LeaseLost(message)
             outbox.remove(work, [row.id for row in confirmed])
@@ -120,7 +123,13 @@ class Claims:
         """
         with self._engine.begin() as connection:
             liveness.heartbeat(
-                connection, self._relay, hostname=hostname, pid=pid, queues=self._named, published=published
+                connection,
+                self._relay,
+                hostname=hostname,
+                pid=pid,
+                broker=self._broker,
+                queues=self._named,
+                published=published,
             )
             liveness.retire(connection)
             for entry, ids in liveness.journal(connection):
@@ -141,11 +150,16 @@ class Claims:
             liveness.retire(connection, self._relay)
             liveness.release_lease(connection, self._relay)
 
+    def brokers(self) -> list[str]:
+        """Return the named brokers that rows of any kind wait for."""
+        with self._engine.connect() as connection:
+            return outbox.brokers(connection)
+
     def next_due(self) -> float | None:
         """Return the seconds until the next row is due, or None if there is none."""
         work = self._open()
         with _released_on_error(self):
-            due = [outbox.next_due(work, queue=queue) for queue in self._queues]
+            due = [outbox.next_due(work, broker=self._broker, queue=queue) for queue in self._queues]
             work.rollback()
             return min((wait for wait in due if wait is not None), default=None)
 
@@ -171,7 +185,7 @@ class Claims:
     def _leased(self, work: Connection) -> bool:
         if time.monotonic() < self._renew_lease:
             return True
-        if not liveness.take_lease(work, self._relay, self._settings.outbox_lease_timeout):
+        if not liveness.take_lease(work, self._relay, self._broker, self._settings.outbox_lease_timeout):
             return False
         work.commit()
         self._renew_lease = time.monotonic() + self._settings.outbox_lease_timeout / 3
@@ -192,13 +206,14 @@ class Claims:
         return []
 
     def _claim_suspect(self, work: Connection, queue: str | None) -> list[Row]:
-        rows, _ = outbox.claim(work, 1, queue=queue, suspects=True)
+        rows, _ = outbox.claim(work, 1, broker=self._broker, queue=queue, suspects=True)
         return rows
 
     def _claim_batch(self, work: Connection, queue: str | None) -> list[Row]:
         started = time.monotonic()
         after = self._places.get(queue) if started < self._next_sweep.get(queue, 0.0) else None
-        rows, place = outbox.claim(work, self._settings.outbox_batch_size, queue=queue, after=after)
+        limit = self._settings.outbox_batch_size
+        rows, place = outbox.claim(work, limit, broker=self._broker, queue=queue, after=after)
         if after is None:
             ended = time.monotonic()
             self._next_sweep[queue] = ended + (ended - started) / SWEEP_SHARE

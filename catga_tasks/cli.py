@@ -209,18 +209,23 @@ def _draw_status(found: dict[str, Any]) -> None:
     totals.add_row(*(f"{found[name]:,}" for name in states), "-" if oldest is None else f"{oldest:.1f} s")
     console.print(totals)
     if found["tasks"]:
-        tasks = Table("queue", "task", "pending", "scheduled", "retrying", "dead")
+        tasks = Table("broker", "queue", "task", "pending", "scheduled", "retrying", "dead")
         for entry in found["tasks"]:
-            tasks.add_row(escape(entry["queue"]), escape(entry["task"]), *(f"{entry[name]:,}" for name in states[:4]))
+            names = (entry["broker"] or "-", entry["queue"], entry["task"])
+            tasks.add_row(*(escape(name) for name in names), *(f"{entry[name]:,}" for name in states[:4]))
         console.print(tasks)
     if not found["relays"]:
         console.print("No relay is alive: start one with `celery -A <your app> outbox relay`.", style="red")
         return
-    relays = Table("relay", "queues", "last heartbeat", "published")
+    relays = Table("relay", "broker", "queues", "last heartbeat", "published")
     for each in found["relays"]:
         queues = ", ".join(each["queues"]) or "all"
         relays.add_row(
-            each["id"], escape(queues), f"{each['heartbeat_age_seconds']:.1f} s ago", f"{each['published']:,}"
+            each["id"],
+            escape(each["broker"] or "-"),
+            escape(queues),
+            f"{each['heartbeat_age_seconds']:.1f} s ago",
+            f"{each['published']:,}",
         )
     console.print(relays)
 
@@ -272,7 +277,7 @@ def show_command(app: Catga, number: int, *, as_json: bool) -> None:
     console = _console()
     headers = found["headers"] if isinstance(found["headers"], dict) else {}
     letter = Table(show_header=False, title=f"Dead letter {number}")
-    for name in ("task", "task_id", "queue", "exchange", "routing_key", "priority", "created_at", "died_at"):
+    for name in ("task", "task_id", "broker", "queue", "exchange", "routing_key", "priority", "created_at", "died_at"):
         letter.add_row(name, escape(str(found[name])))
     letter.add_row("args", escape(str(headers.get("argsrepr"))))
     letter.add_row("kwargs", escape(str(headers.get("kwargsrepr"))))

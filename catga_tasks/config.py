@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from catga_tasks.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 PREFIXES = ("outbox_", "inbox_")
 DELIVERIES = ("at_most_once", "at_least_once")
@@ -39,6 +37,9 @@ class Settings:
     outbox_poll_interval_max: float = 1.0
     #: How long dead letters are kept; None keeps them until they are replayed or discarded.
     outbox_retention: float | None = None
+    #: Other brokers by name, for the option `broker` of calls and routes: each a URL, or a dictionary with "url" and
+    #: "transport_options".
+    outbox_brokers: Mapping[str, Any] = field(default_factory=dict)
     #: Refuse a task that is enqueued outside a joined transaction.
     outbox_require_transaction: bool = False
     #: The delivery of tasks that don't choose their own.
@@ -60,6 +61,7 @@ class Settings:
         for name in ("outbox_retry_jitter", "outbox_require_transaction"):
             _boolean(name, getattr(self, name))
         _url("outbox_url", self.outbox_url)
+        _brokers(self.outbox_brokers)
         check_delivery("task_delivery", self.task_delivery)
         if self.outbox_lease_timeout <= self.outbox_publish_timeout:
             message = (
@@ -68,10 +70,21 @@ class Settings:
             )
             raise ConfigurationError(message)
 
+    def broker(self, name: str) -> tuple[str, dict[str, Any]]:
+        """Return a named broker's URL and transport options; raise `ConfigurationError` for an unknown name."""
+        found = self.outbox_brokers.get(name)
+        if found is None:
+            known = ", ".join(sorted(self.outbox_brokers)) or "none"
+            message = f"broker={name!r} isn't one of outbox_brokers (which names {known})."
+            raise ConfigurationError(message)
+        if isinstance(found, str):
+            return found, {}
+        return found["url"], dict(found.get("transport_options", {}))
+
     @classmethod
     def read(cls, conf: Mapping[str, Any]) -> Settings:
         """Take our settings from Celery's configuration; raise `ConfigurationError` for an unknown one."""
-        known = [field.name for field in fields(cls)]
+        known = [each.name for each in fields(cls)]
         for name in _ours(conf):
             if name not in known:
                 raise ConfigurationError(_unknown(name, known))
@@ -113,6 +126,25 @@ def _url(name: str, value: object) -> None:
     if value is not None and not isinstance(value, str):
         message = f"{name} must be a SQLAlchemy URL such as 'postgresql+psycopg://localhost/shop'."
         raise ConfigurationError(message)
+
+
+def _brokers(value: object) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
+        message = "outbox_brokers must be a dictionary of brokers by name, such as {'mail': 'nats://127.0.0.1:4222'}."
+        raise ConfigurationError(message)
+    for name, broker in value.items():
+        url, options = (
+            (broker.get("url"), broker.get("transport_options", {})) if isinstance(broker, Mapping) else (broker, {})
+        )
+        unknown = set(broker) - {"url", "transport_options"} if isinstance(broker, Mapping) else ()
+        # A name stands where Celery takes a URL, as in `celery -b mail worker`.
+        if unknown or "://" in name or not isinstance(url, str) or "://" not in url or not isinstance(options, Mapping):
+            # What it is isn't said: it may hold a password.
+            message = (
+                f"outbox_brokers[{name!r}] must be a URL such as 'nats://127.0.0.1:4222', or a dictionary with 'url' "
+                "and 'transport_options'; its name is no URL."
+            )
+            raise ConfigurationError(message)
 
 
 def _boolean(name: str, value: object) -> None:

@@ -138,7 +138,8 @@ def _fit(app: Celery) -> None:
     own = urlsplit(_first(app.conf.first("broker_url", "broker_host"))).scheme
     options = app.conf.broker_transport_options if own in {"nats", "tls", "nats+tls"} else {}
     kept = {name: value for name, value in options.items() if name not in _OF_ONE_SERVER}
-    app.conf.update(broker_transport_options=kept, broker_use_ssl=False)
+    others = dict.fromkeys(app.conf.get("outbox_brokers", ()), os.environ["CELERY_BROKER_URL"])
+    app.conf.update(broker_transport_options=kept, broker_use_ssl=False, outbox_brokers=others)
 
 
 def _child(name: str, *arguments: str) -> None:

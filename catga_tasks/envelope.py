@@ -40,6 +40,8 @@ class Envelope(NamedTuple):
     send_event: bool = False
     #: Time to live in seconds from now (AMQP's `expiration`); it runs while the row waits.
     expiration: float | None = None
+    #: A name of `outbox_brokers`; empty for the application's own broker.
+    broker: str = ""
     #: Not before this many seconds from the insert, by the database's clock ...
     delay: float = 0.0
     #: ... or not before this moment.

@@ -77,16 +77,23 @@ def journal(connection: Connection) -> list[tuple[int, list[int]]]:
 
 
 def heartbeat(
-    connection: Connection, relay: str, *, hostname: str, pid: int, queues: Sequence[str], published: int
+    connection: Connection,
+    relay: str,
+    *,
+    hostname: str,
+    pid: int,
+    broker: str,
+    queues: Sequence[str],
+    published: int,
 ) -> None:
     """Say that this relay lives and how much it has published so far."""
     moment = later(connection, "zero")
     statement = text(
-        "INSERT INTO catga_relays (id, hostname, pid, queues, started_at, heartbeat_at, published) "
-        f"VALUES (:id, :hostname, :pid, :queues, {moment}, {moment}, :published) "
+        "INSERT INTO catga_relays (id, hostname, pid, broker, queues, started_at, heartbeat_at, published) "
+        f"VALUES (:id, :hostname, :pid, :broker, :queues, {moment}, {moment}, :published) "
         f"ON CONFLICT (id) DO UPDATE SET heartbeat_at = {moment}, published = excluded.published"
     )
-    values = {"id": relay, "hostname": hostname, "pid": pid, "queues": ",".join(queues) or None}
+    values = {"id": relay, "hostname": hostname, "pid": pid, "broker": broker, "queues": ",".join(queues) or None}
     connection.execute(statement, {**values, "published": published, "zero": 0})
 
 
@@ -109,29 +116,33 @@ def retire(connection: Connection, relay: str | None = None) -> None:
     connection.execute(delete, {**parameters, "retired": RETIRED} if not relay else parameters)
 
 
-def take_lease(connection: Connection, owner: str, seconds: float) -> bool:
-    """Take or renew SQLite's lease; return whether it is ours. The write lock is held until the commit."""
+def take_lease(connection: Connection, owner: str, broker: str, seconds: float) -> bool:
+    """Take or renew SQLite's lease of a broker's rows; return whether it is ours.
+
+    The write lock is held until the commit.
+    """
     connection.execute(
         text(
             "INSERT INTO catga_outbox_lease (name, owner, expires_at) "
-            f"VALUES ('relay', :owner, {later(connection, 'for')}) "
+            f"VALUES (:name, :owner, {later(connection, 'for')}) "
             "ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_at = excluded.expires_at "
             f"WHERE catga_outbox_lease.owner = excluded.owner OR catga_outbox_lease.expires_at < {now(connection)}"
         ),
-        {"owner": owner, "for": seconds},
+        {"name": _lease(broker), "owner": owner, "for": seconds},
     )
-    holder = connection.execute(text("SELECT owner FROM catga_outbox_lease WHERE name = 'relay'")).scalar_one()
+    select = text("SELECT owner FROM catga_outbox_lease WHERE name = :name")
+    holder = connection.execute(select, {"name": _lease(broker)}).scalar_one()
     return bool(holder == owner)
 
 
-def hold_lease(connection: Connection, owner: str) -> bool:
+def hold_lease(connection: Connection, owner: str, broker: str) -> bool:
     """Return whether the lease is still ours; the write lock is held from here to the commit."""
     held = connection.execute(
         text(
-            "UPDATE catga_outbox_lease SET owner = owner WHERE name = 'relay' AND owner = :owner "
+            "UPDATE catga_outbox_lease SET owner = owner WHERE name = :name AND owner = :owner "
             f"AND expires_at >= {now(connection)}"
         ),
-        {"owner": owner},
+        {"name": _lease(broker), "owner": owner},
     )
     return held.rowcount == 1
 
@@ -141,11 +152,15 @@ def release_lease(connection: Connection, owner: str) -> None:
     connection.execute(text("DELETE FROM catga_outbox_lease WHERE owner = :owner"), {"owner": owner})
 
 
+def _lease(broker: str) -> str:
+    return f"relay {broker}".rstrip()
+
+
 def alive(connection: Connection) -> list[dict[str, object]]:
-    """Return the relays whose heartbeat is recent: id, hostname, pid, queues, seconds since it, published."""
+    """Return the relays whose heartbeat is recent: id, hostname, pid, broker, queues, seconds since it, published."""
     since = seconds_since(connection, "heartbeat_at")
     statement = text(
-        f"SELECT id, hostname, pid, queues, {since} AS silent, published FROM catga_relays "
+        f"SELECT id, hostname, pid, broker, queues, {since} AS silent, published FROM catga_relays "
         f"WHERE id <> :retired AND {since} < :alive ORDER BY id"
     )
     found = connection.execute(statement, {"retired": RETIRED, "alive": ALIVE_SECONDS})
@@ -154,6 +169,7 @@ def alive(connection: Connection) -> list[dict[str, object]]:
             "id": row.id,
             "hostname": row.hostname,
             "pid": row.pid,
+            "broker": row.broker,
             "queues": row.queues.split(",") if row.queues else [],
             "heartbeat_age_seconds": round(float(row.silent), 3),
             "published": row.published,

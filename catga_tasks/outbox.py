@@ -58,20 +58,21 @@ def claim(
     connection: Connection,
     limit: int,
     *,
+    broker: str = "",
     queue: str | None = None,
     after: Place | None = None,
     suspects: bool = False,
 ) -> tuple[list[Row], Place | None]:
     """Return due rows, the longest due first, and the place where they end; on PostgreSQL they are locked.
 
-    Rows of one queue, or of all. Suspects are claimed by themselves, with `suspects`. Rows that another relay has
-    locked are passed over. `after` bounds the search from below, so that the dead rows that a long transaction holds
-    up aren't walked through again; it is no cursor: a transaction that began earlier may still commit below it, so
-    a sweep without it must follow.
+    Rows for one broker, of one queue or of all. Suspects are claimed by themselves, with `suspects`. Rows that another
+    relay has locked are passed over. `after` bounds the search from below, so that the dead rows that a long
+    transaction holds up aren't walked through again; it is no cursor: a transaction that began earlier may still commit
+    below it, so a sweep without it must follow.
     """
     postgresql = dialect(connection) == "postgresql"
     statement = claim_statement(connection, queue=queue is not None, after=after is not None, suspects=suspects)
-    parameters: dict[str, Any] = {"limit": limit}
+    parameters: dict[str, Any] = {"limit": limit, "broker": broker}
     if after is not None:
         parameters["after_at"], parameters["after_id"] = after
     if queue is not None:
@@ -88,7 +89,7 @@ def claim_statement(
 ) -> sa.TextClause:
     """Return the claim. Each of its forms walks along one index; a test asserts their plans."""
     postgresql = dialect(connection) == "postgresql"
-    conditions = ["suspect" if suspects else "NOT suspect", f"available_at <= {now(connection)}"]
+    conditions = ["broker = :broker", "suspect" if suspects else "NOT suspect", f"available_at <= {now(connection)}"]
     if after:
         moment = "CAST(:after_at AS timestamptz)" if postgresql else ":after_at"
         conditions.append(f"(available_at, id) > ({moment}, :after_id)")
@@ -184,15 +185,24 @@ def history(connection: Connection, row: Row, error: str) -> str:
     return json.dumps(entries)
 
 
-def next_due(connection: Connection, *, queue: str | None = None) -> float | None:
+def next_due(connection: Connection, *, broker: str = "", queue: str | None = None) -> float | None:
     """Return the seconds until the next row that isn't due yet, or None; 0 if one is due."""
-    where = "" if queue is None else " WHERE queue = :queue"
+    where = "broker = :broker" if queue is None else "broker = :broker AND queue = :queue"
     statement = text(
-        f"SELECT -({seconds_since(connection, 'available_at')}) FROM catga_outbox{where} "
+        f"SELECT -({seconds_since(connection, 'available_at')}) FROM catga_outbox WHERE {where} "
         "ORDER BY available_at, id LIMIT 1"
     )
-    wait = connection.execute(statement, {} if queue is None else {"queue": queue}).scalar()
+    wait = connection.execute(statement, {"broker": broker, **({} if queue is None else {"queue": queue})}).scalar()
     return None if wait is None else max(0.0, float(wait))
+
+
+def brokers(connection: Connection) -> list[str]:
+    """Return the brokers that rows wait for, by one probe of the index each."""
+    statement = text("SELECT min(broker) FROM catga_outbox WHERE broker > :last")
+    found: list[str] = []
+    while (name := connection.execute(statement, {"last": found[-1] if found else ""}).scalar()) is not None:
+        found.append(name)
+    return found
 
 
 def notify(connection: Connection) -> None:

@@ -132,8 +132,11 @@ class OutboxAMQP(AMQP):
 
         def send_task_message(given: Any, name: str, message: Any, **options: Any) -> Any:
             riding = deferral.taken()
+            broker = _broker(options)
+            if broker:
+                app.catga_settings.broker(broker)
             if app.bypasses_outbox(name, given):
-                with app.producer_pool.acquire(block=True) if given is producer else nullcontext(given) as direct:
+                with app.direct_producer(broker) if given is producer else nullcontext(given) as direct:
                     calls, backend = riding
                     if calls:
                         app.call_backend(_encode(calls))
@@ -142,7 +145,8 @@ class OutboxAMQP(AMQP):
                     return send(direct, name, message, **options)
 
             def keep(prepared: dict[str, Any]) -> None:
-                app.enqueue([self.envelope(prepared, message, queue_name(options.get("queue")), riding)])
+                envelope = self.envelope(prepared, message, queue_name(options.get("queue")), riding)
+                app.enqueue([envelope._replace(broker=broker) if broker else envelope])
 
             return send(_Recording(producer, keep), name, message, **options)
 
@@ -194,6 +198,20 @@ class OutboxAMQP(AMQP):
         if own is not None and (not declare or (len(declare) == 1 and declare[0] is own)):
             return None
         return generic.dump(declare)
+
+
+def _broker(options: dict[str, Any]) -> str:
+    """Take the option `broker` out of the options and return it; a retry goes where its message came from.
+
+    Celery hands a message's own headers on to its retries.
+    """
+    chosen = options.pop("broker", None)
+    headers = options.get("headers") or {}
+    name = headers.get("catga_broker") or chosen
+    if not name:
+        return ""
+    options["headers"] = {**headers, "catga_broker": name}
+    return str(name)
 
 
 def queue_name(queue: Any) -> str | None:

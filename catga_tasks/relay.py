@@ -1,4 +1,7 @@
-"""The loop that brings committed messages to the broker: claim, publish, remove."""
+"""The loop that brings committed messages to the broker: claim, publish, remove.
+
+Each broker has a lane of its own, in a thread of its own: one that is out, or slow, holds up no other's messages.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,56 @@ OUTAGE_SECONDS = (0.1, 15.0)
 
 
 class Relay:
-    """One relay. Any number may run side by side; `run` returns after `stop`.
+    """One relay, with a lane for each broker. Any number may run side by side; `run` returns after `stop`."""
 
-    `published` is called with the envelopes of each batch that the broker confirmed.
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = tuple(lanes)
+
+    @property
+    def published(self) -> int:
+        """How many messages the brokers confirmed so far."""
+        return sum(lane.published for lane in self.lanes)
+
+    def run(self) -> None:
+        """Work until `stop`. Outages of a broker or the database are waited out."""
+        first, *others = self.lanes
+        threads = [threading.Thread(target=lane.run, name=f"catga-outbox-{lane.broker}") for lane in others]
+        for thread in threads:
+            thread.start()
+        try:
+            first.run()
+        finally:
+            self.stop()
+            for thread in threads:
+                thread.join()
+
+    def run_once(self) -> int:
+        """Publish what is due now and return how many messages the brokers confirmed.
+
+        Raises SQLAlchemy's errors, and `BrokerUnavailable` in an outage, with the rows left for later. A broker that
+        is out is no reason not to publish to the others first.
+        """
+        outages = []
+        for lane in self.lanes:
+            try:
+                lane.run_once()
+            except BrokerUnavailable as error:
+                outages.append(str(error))
+        if outages:
+            raise BrokerUnavailable(" ".join(outages))
+        return self.published
+
+    def stop(self) -> None:
+        """Finish the batches in hand and return from `run`. Safe in a signal handler."""
+        for lane in self.lanes:
+            lane.stop()
+
+
+class Lane:
+    """A relay's way to one broker.
+
+    `brokers` are the names of all that the relay has a lane for. `published` is called with the envelopes of each batch
+    that the broker confirmed.
     """
 
     def __init__(
@@ -49,15 +99,19 @@ class Relay:
         publisher: Publisher,
         settings: Settings,
         *,
+        broker: str = "",
+        brokers: Sequence[str] = (),
         queues: Sequence[str] = (),
         published: Callable[[list[Envelope]], None] | None = None,
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.broker = broker
         self.published = 0
+        self._brokers = frozenset(brokers)
         self._publisher = publisher
         self._settings = settings
         self._on_published = published
-        self._claims = Claims(engine, settings, relay=self.id, queues=queues)
+        self._claims = Claims(engine, settings, relay=self.id, broker=broker, queues=queues)
         self._listener = Listener(engine)
         self._stopping = threading.Event()
         self._pause = POLL_SECONDS
@@ -65,33 +119,31 @@ class Relay:
         self._heartbeat_due = 0.0
         self._report_due = time.monotonic() + REPORT_SECONDS
         self._reported = 0
+        self._strangers: list[str] = []
 
     def run(self) -> None:
-        """Work until `stop`. Outages of the broker or the database are waited out."""
-        logger.info("Relay %s is ready.", self.id)
+        """Work until `stop`; see `Relay.run`."""
+        logger.info("Relay %s is ready%s.", self.id, f" for broker {self.broker}" if self.broker else "")
         try:
             while not self._stopping.is_set():
                 self._round()
         finally:
             self._end()
 
-    def run_once(self) -> int:
-        """Publish what is due now and return how many messages the broker confirmed.
-
-        Raises SQLAlchemy's errors, and `BrokerUnavailable` in an outage, with the rows left for later.
-        """
+    def run_once(self) -> None:
+        """Publish what is due now; see `Relay.run_once`."""
         try:
             self._housekeep()
             while self._step() and not self._stopping.is_set():
                 if self._failures:
-                    message = f"The broker is out; {self.published} were published, the others stay in the outbox."
+                    name = f"The broker {self.broker}".rstrip()
+                    message = f"{name} is out; {self.published} were published, the others stay in the outbox."
                     raise BrokerUnavailable(message)
         finally:
             self._end()
-        return self.published
 
     def stop(self) -> None:
-        """Finish the batch in hand and return from `run`. Safe in a signal handler."""
+        """Finish the batch in hand; see `Relay.stop`."""
         self._stopping.set()
         self._listener.interrupt()
 
@@ -152,7 +204,8 @@ class Relay:
             )
         if receipt.outage is not None:
             self._failures += 1
-            logger.warning("Relay %s: the broker is out, %s. No attempts are used up.", self.id, receipt.outage)
+            name = f"the broker {self.broker}".rstrip()
+            logger.warning("Relay %s: %s is out, %s. No attempts are used up.", self.id, name, receipt.outage)
         else:
             self._recovered()
         if self._on_published and receipt.confirmed:
@@ -193,9 +246,20 @@ class Relay:
         if now >= self._heartbeat_due:
             self._claims.housekeep(hostname=socket.gethostname(), pid=os.getpid(), published=self.published)
             self._heartbeat_due = now + HEARTBEAT_SECONDS
+            if not self.broker:
+                self._warn_of_strangers()
         if now >= self._report_due:
             logger.info("Relay %s: %d published in the last minute.", self.id, self.published - self._reported)
             self._report_due, self._reported = now + REPORT_SECONDS, self.published
+
+    def _warn_of_strangers(self) -> None:
+        strangers = [name for name in self._claims.brokers() if name not in self._brokers]
+        if strangers != self._strangers:
+            self._strangers = strangers
+            for name in strangers:
+                logger.warning(
+                    "Relay %s: messages wait for broker %r, which outbox_brokers doesn't name here.", self.id, name
+                )
 
     def _until_heartbeat(self) -> float:
         return max(0.0, self._heartbeat_due - time.monotonic())

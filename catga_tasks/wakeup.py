@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
@@ -94,8 +95,9 @@ class Listener:
             return self._sleep(seconds)
 
     def interrupt(self) -> None:
-        """End the wait that is under way, or the next one."""
-        self._theirs.send(b"x")
+        """End the wait that is under way, or the next one; nothing after `close`."""
+        with suppress(OSError):
+            self._theirs.send(b"x")
 
     def disconnect(self) -> None:
         """Drop the connection; the next wait opens another."""

@@ -94,7 +94,7 @@ def test_migrate(empty):
     assert "outbox migrate" in empty.run("migrate", "--check", status=1)
     assert "CREATE TABLE catga_outbox" in empty.run("migrate", "--sql")
     assert "outbox migrate" in empty.run("status", status=2)
-    assert "from nothing to 0001" in empty.run("migrate")
+    assert "from nothing to 0002" in empty.run("migrate")
     assert "up to date" in empty.run("migrate", "--check")
     assert "up to date" in empty.run("migrate")
 
@@ -109,7 +109,7 @@ def test_status_and_a_relay_for_once(shop):
     assert (found["published"], found["relays"]) == (0, [])
     assert found["oldest_age_seconds"] > 0
     assert found["tasks"] == [
-        {"queue": "celery", "task": "charge", "pending": 1, "scheduled": 1, "retrying": 0, "dead": 0}
+        {"broker": "", "queue": "celery", "task": "charge", "pending": 1, "scheduled": 1, "retrying": 0, "dead": 0}
     ]
     assert "charge" in shop.run("status", status=1)
     assert "1 published." in shop.run("relay", "--once")

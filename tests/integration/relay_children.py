@@ -78,7 +78,7 @@ class Hooks:
             self._phase[0:1] = what
 
     def attach(self, relay: object, module: object) -> None:
-        claims, publisher = relay._claims, relay._publisher
+        claims, publisher = relay.lanes[0]._claims, relay.lanes[0]._publisher
         take, claim, settle, publish = claims.take, claims._claim, claims.settle, publisher.publish
         delay = module.retry.delay
 

@@ -474,7 +474,7 @@ def test_the_relay_publishes_to_it_once(nats_server, engine, options):
     app.tasks["charge"].apply_async((1,), task_id="order-1")
     app.tasks["charge"].apply_async((1,), task_id="order-1")
     app.tasks["charge"].delay_many([(number,) for number in range(50)], priority=3)
-    publisher, claims = app.publisher(), app.relay()._claims
+    publisher, claims = app.publisher(), app.relay().lanes[0]._claims
     rows = claims.take()
     assert len(publisher.publish(rows).confirmed) == 52
     assert len(publisher.publish(rows).confirmed) == 52

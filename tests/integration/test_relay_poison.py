@@ -307,8 +307,8 @@ def test_11_bad_rows_in_every_batch(site):
 
 FILL = """
 INSERT INTO catga_outbox (task_id, task, queue, exchange, routing_key, content_type, content_encoding, headers,
-    properties, body, send_event, available_at)
-SELECT 'id-' || number, 'chaos.task', :queue, '', :queue, 'application/json', 'utf-8', '{}', '{}', 'x', false,
+    properties, body, send_event, broker, available_at)
+SELECT 'id-' || number, 'chaos.task', :queue, '', :queue, 'application/json', 'utf-8', '{}', '{}', 'x', false, :broker,
     clock_timestamp() + make_interval(secs => CASE WHEN :future THEN 3600 + number ELSE -number END / 100.0)
 FROM generate_series(1, :count) AS number
 """
@@ -316,7 +316,7 @@ FROM generate_series(1, :count) AS number
 
 @pytest.fixture(scope="module")
 def big(nursery, postgres_server, tmp_path_factory):
-    """A table with MANY pending rows in three queues, a few in another one, and MANY in the future."""
+    """MANY pending rows in three queues, a few in another one, MANY for a broker that is out, and MANY for later."""
     from sqlalchemy import create_engine, make_url
 
     from catga_tasks import migrate
@@ -333,8 +333,9 @@ def big(nursery, postgres_server, tmp_path_factory):
     with engine.begin() as connection:
         for (queue, future), tenths in shares.items():
             count = MANY * tenths // 10
-            connection.execute(text(FILL), {"queue": queue, "future": future, "count": count})
-        connection.execute(text(FILL), {"queue": "rare", "future": False, "count": 3})
+            connection.execute(text(FILL), {"queue": queue, "future": future, "count": count, "broker": ""})
+        connection.execute(text(FILL), {"queue": "rare", "future": False, "count": 3, "broker": ""})
+        connection.execute(text(FILL), {"queue": "celery", "future": False, "count": MANY, "broker": "out"})
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("UPDATE catga_outbox SET suspect = true WHERE queue = 'third' AND id % 100 = 0"))
         connection.execute(text("ANALYZE catga_outbox"))
@@ -379,7 +380,7 @@ def test_10_plan(big, forms, limit):
             text("SELECT CAST(available_at AS text), id FROM catga_outbox WHERE queue = 'celery' LIMIT 1")
         ).one()
         for queue in QUEUES if forms["queue"] else ("",):
-            values = {"limit": limit, "queue": queue, "after_at": middle[0], "after_id": middle[1]}
+            values = {"limit": limit, "broker": "", "queue": queue, "after_at": middle[0], "after_id": middle[1]}
             values = {name: value for name, value in values.items() if f":{name}" in statement}
             explain = text(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}")
             explain = explain.bindparams(**values)
@@ -397,11 +398,17 @@ def test_10_generic_plan(big, forms):
     """The same for the plan that PostgreSQL keeps for a prepared statement, whatever its values."""
     with big.connect() as connection:
         statement = str(claim_statement(connection, **forms))
-    kinds = {"limit": "bigint", "queue": "text", "after_at": "timestamptz", "after_id": "bigint"}
+    kinds = {"limit": "bigint", "broker": "text", "queue": "text", "after_at": "timestamptz", "after_id": "bigint"}
     names = list(dict.fromkeys(name for name in re.findall(r"(?<!:):(\w+)", statement) if name in kinds))
     for place, name in enumerate(names, 1):
         statement = re.sub(rf"(?<!:):{name}\b", f"${place}", statement)
-    values = {"limit": "500", "queue": "'second'", "after_at": "now() - interval '1 h'", "after_id": "1"}
+    values = {
+        "limit": "500",
+        "broker": "''",
+        "queue": "'second'",
+        "after_at": "now() - interval '1 h'",
+        "after_id": "1",
+    }
     url = big.url.render_as_string(hide_password=False).replace("+psycopg", "")
     with psycopg.connect(url, prepare_threshold=None) as connection:
         connection.execute("SET plan_cache_mode = force_generic_plan")
