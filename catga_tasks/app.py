@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -11,13 +12,15 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
+from celery.app.utils import Settings as CelerySettings
 from celery.result import result_from_tuple
-from kombu import pools
+from kombu import Connection, pools
 from kombu.utils.json import loads
 
 from catga_tasks import bulk, deferral
 from catga_tasks.brokers import KombuPublisher, Publisher
 from catga_tasks.config import Settings
+from catga_tasks.database import masked_url
 from catga_tasks.enqueue import Outbox
 from catga_tasks.errors import ConfigurationError, OutboxUnavailable
 from catga_tasks.producer import (
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from celery.backends.base import Backend
-    from kombu import Connection
 
     from catga_tasks.database import Source
     from catga_tasks.envelope import Envelope
@@ -40,6 +42,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger("catga_tasks")
 
 _collector: ContextVar[list[Envelope] | None] = ContextVar("catga_collector", default=None)
+
+
+class MaskedSettings(CelerySettings):
+    """Celery's settings, which hide the passwords in our URLs as well wherever Celery shows them."""
+
+    def table(self, with_defaults: bool = False, censored: bool = True) -> dict[str, Any]:  # noqa: FBT001, FBT002 - as Celery has it
+        """Return the settings, for `celery report`, `inspect conf` and Flower."""
+        found: dict[str, Any] = super().table(with_defaults, censored)
+        if censored:
+            url = found.get("outbox_url")
+            if isinstance(url, str):
+                found["outbox_url"] = masked_url(url)
+            brokers = found.get("outbox_brokers")
+            if isinstance(brokers, Mapping):
+                found["outbox_brokers"] = {name: _masked_broker(broker) for name, broker in brokers.items()}
+        return found
+
+
+def _masked_broker(broker: Any) -> Any:
+    if isinstance(broker, Mapping):
+        return {name: _masked_broker(value) if name == "url" else value for name, value in broker.items()}
+    try:
+        return Connection(broker).as_uri()
+    except Exception:  # noqa: BLE001 - wrong settings are shown too, but not what they hide
+        return "***"
 
 
 class Catga(Celery):
@@ -56,6 +83,8 @@ class Catga(Celery):
 
     def __init__(self, *args: Any, outbox: Source | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # It was made by Celery, and others may hold it already.
+        object.__setattr__(self._conf, "__class__", MaskedSettings)
         self._outbox_source = outbox
         # Late acknowledgement and its requeue are what "at least once" means on the worker's side.
         self.add_defaults({"task_acks_late": True, "task_reject_on_worker_lost": True})

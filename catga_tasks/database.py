@@ -52,6 +52,14 @@ def open_engine(source: object) -> Engine:
         raise ConfigurationError(message) from None
 
 
+def masked_url(url: str) -> str:
+    """Return the URL without its password; nothing of it if it can't be read."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "***"
+
+
 def refuse_missing_table(error: SQLAlchemyError) -> None:
     """Raise `MigrationRequired` if the error says that a table isn't there; return otherwise."""
     original = getattr(error, "orig", None)

@@ -504,7 +504,7 @@ def test_02_the_relay_waits_for_it(own_nats, engine, options):
     thread = threading.Thread(target=relay.run)
     thread.start()
     try:
-        wait_until(lambda: relay._failures >= 2)
+        wait_until(lambda: relay.lanes[0]._failures >= 2)
         server.start()
         wait_until(lambda: relay.published == 20)
     finally:
