@@ -24,7 +24,7 @@ from catga_tasks.brokers.streams import Streams
 from catga_tasks.errors import CatgaError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from nats.aio.msg import Msg
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from catga_tasks.brokers.pulling import Pull
 
 logger = logging.getLogger("catga_tasks.nats")
+
+#: Acknowledgements are gathered for this long, in seconds: waking the loop thread costs as much as a message does.
+GATHER_SECONDS = 0.001
 
 
 class _Thread:
@@ -77,17 +80,19 @@ class Connection:
         self._signalled = False
         self._posted: deque[tuple[str, bytes]] = deque()
         self._posting = False
+        self._sending = False
+        self._asks: deque[tuple[Pull, int]] = deque()
         self._held: dict[str, None] = {}
         self._unconfirmed: dict[str, tuple[str, bytes]] = {}
         self._awaited: dict[str, tuple[_Batch, int]] = {}
         self._tokens = 0
         self._inbox = ""
-        self._pulls: set[Pull] = set()
+        self.pulls: set[Pull] = set()
         self.streams = Streams(self)
         self._grace: asyncio.TimerHandle | None = None
         self._first_error: asyncio.Future[None] | None = None
         self._closing = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._tries = 0
 
     # Any thread
@@ -121,11 +126,23 @@ class Connection:
         if not self._posting:
             self._posting = True
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._post)
+                self._loop.call_soon_threadsafe(self.later, GATHER_SECONDS, self._post)
+
+    def ask(self, asks: Sequence[tuple[Pull, int]]) -> None:
+        """Send requests for so many messages each, at once."""
+        self._asks.extend(asks)
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._post)
 
     def background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run the coroutine on the loop thread for as long as the connection lives. From the loop thread."""
-        self._tasks.append(asyncio.ensure_future(work))
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def later(self, seconds: float, work: Callable[[], object]) -> None:
+        """Call the function after so many seconds. From the loop thread."""
+        self._loop.call_later(seconds, work)
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when something has arrived."""
@@ -193,6 +210,8 @@ class Connection:
             "reconnect_time_wait": settings.reconnect_wait,
             "max_reconnect_attempts": -1,
             "ping_interval": settings.ping_interval,
+            # They are ours, and escaped.
+            "skip_subject_validation": True,
             "error_cb": self._failed,
             "disconnected_cb": self._disconnected,
             "reconnected_cb": self._reconnected,
@@ -228,7 +247,7 @@ class Connection:
         logger.warning("The connection to NATS is back.")
         for token, (reply, verb) in list(self._unconfirmed.items()):
             await self.nats.publish(reply, verb, reply=f"{self._inbox}.{token}")
-        for pull in self._pulls:
+        for pull in self.pulls:
             pull.reset()
 
     def _give_up(self) -> None:
@@ -237,9 +256,22 @@ class Connection:
 
     def _post(self) -> None:
         self._posting = False
-        asyncio.ensure_future(self._send_posted())  # noqa: RUF006 - it ends with the deque
+        if not self._sending:
+            self._sending = True
+            self.background(self._send_posted())
 
     async def _send_posted(self) -> None:
+        try:
+            await self._send_settled()
+            while self._asks:
+                pull, count = self._asks.popleft()
+                await pull.ask(count)
+        finally:
+            self._sending = False
+        if self._posted or self._asks:
+            self._post()
+
+    async def _send_settled(self) -> None:
         while self._posted:
             reply, verb = self._posted.popleft()
             self._held.pop(reply, None)
@@ -265,19 +297,19 @@ class Connection:
             for reply in list(self._held):
                 with contextlib.suppress(errors.Error):
                     await self.nats.publish(reply, b"+WPI")
-            for pull in self._pulls:
+            for pull in self.pulls:
                 pull.check()
 
     async def _close(self) -> None:
-        for task in self._tasks:
+        for task in list(self._tasks):
             task.cancel()
         if self._grace is not None:
             self._grace.cancel()
         if self.nats.is_connected:
             with contextlib.suppress(errors.Error, asyncio.TimeoutError):
-                for pull in list(self._pulls):
+                for pull in list(self.pulls):
                     await pull.stop()
-                await self._send_posted()
+                await self._send_settled()
                 for reply in list(self._held):
                     await self.nats.publish(reply, b"-NAK")
                 await self.nats.flush(timeout=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
@@ -18,6 +17,19 @@ if TYPE_CHECKING:
 
 #: How long the server keeps a request for messages, in seconds.
 PULL_SECONDS = 30.0
+#: After an answer that isn't a message, the next request waits this long, in seconds.
+PAUSE_SECONDS = 0.05
+#: The parts of a delivery's reply subject, $JS.ACK.stream.consumer.delivered..., without a domain.
+_SHORT_REPLY = 9
+
+
+def times_delivered(reply: str) -> int:
+    """Return how many times the server has delivered this message, by the reply subject of this delivery.
+
+    Its form is that of NATS' ADR-15; a domain and an account's hash may come before the stream.
+    """
+    parts = reply.split(".", 7)
+    return int(parts[4] if reply.count(".") < _SHORT_REPLY else parts[6])
 
 
 class Buffer:
@@ -28,80 +40,88 @@ class Buffer:
         self.messages: deque[Msg] = deque()
 
 
-class Pull:
-    """A standing request for the messages of one consumer: as many as are wanted, topped up at half."""
+class Pull(Buffer):
+    """Standing requests for the messages of one consumer.
 
-    def __init__(self, connection: Connection, queue: str, step: int, buffer: Buffer) -> None:
+    Whoever consumes counts what is asked for, the loop thread what has come of it: no lock in a message's way.
+    """
+
+    def __init__(self, connection: Connection, queue: str, step: int, rank: int) -> None:
+        super().__init__(rank)
         self._connection = connection
         self._queue = queue
-        stream = connection.settings.stream(queue)
-        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.step-{step}"
-        self._buffer = buffer
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{connection.settings.stream(queue)}.step-{step}"
         self._inbox = ""
         self._subscription: Any = None
-        self._wanted = 0
-        self._outstanding = 0
+        self._asked = 0
+        self._came = 0
         self._heard = time.monotonic()
 
-    def want(self, count: int) -> None:
-        """Let so many messages come, those that wait in the buffer included. For any thread."""
-        short = count - len(self._buffer.messages)
-        if count == self._wanted and self._outstanding > short // 2:
-            return
-        self._wanted = count
-        with contextlib.suppress(RuntimeError):
-            self._connection._loop.call_soon_threadsafe(self.request)
+    def missing(self, room: int, chunk: int) -> int:
+        """Return how many messages to ask for now, and count them as asked for; 0 while enough is on its way."""
+        coming = self._asked - self._came
+        missing = room - len(self.messages) - coming
+        if missing < chunk and (missing <= 0 or coming > 0):
+            return 0
+        self._asked += missing
+        return missing
+
+    # The loop thread
 
     async def start(self) -> None:
         """Subscribe to the answers."""
         self._inbox = self._connection.nats.new_inbox()
         self._subscription = await self._connection.nats.subscribe(self._inbox, cb=self._arrived)
-        self._connection._pulls.add(self)
+        self._connection.pulls.add(self)
 
     async def stop(self) -> None:
         """Unsubscribe and give back what nobody has seen."""
-        self._connection._pulls.discard(self)
-        self._wanted = 0
+        self._connection.pulls.discard(self)
         with contextlib.suppress(errors.Error):
             await self._subscription.unsubscribe()
-        while self._buffer.messages:
-            self._connection.settle(self._buffer.messages.popleft().reply, b"-NAK")
+        while self.messages:
+            self._connection.settle(self.messages.popleft().reply, b"-NAK")
 
-    def request(self) -> None:
-        """Ask for what is missing, unless half of it is on its way."""
-        missing = self._wanted - len(self._buffer.messages) - self._outstanding
-        if missing <= 0 or self._outstanding > self._wanted // 2 or not self._connection.nats.is_connected:
+    async def ask(self, count: int) -> None:
+        """Send a request for so many messages."""
+        if not self._connection.nats.is_connected:
+            self._came += count
             return
-        self._outstanding += missing
-        request = json.dumps({"batch": missing, "expires": int(PULL_SECONDS * 1e9)}).encode()
-        asyncio.ensure_future(self._connection.nats.publish(self._subject, request, reply=self._inbox))  # noqa: RUF006
+        request = json.dumps({"batch": count, "expires": int(PULL_SECONDS * 1e9)}).encode()
+        with contextlib.suppress(errors.Error):
+            await self._connection.nats.publish(self._subject, request, reply=self._inbox)
 
     def reset(self) -> None:
-        """Ask anew: the requests of before are gone."""
-        self._outstanding = 0
+        """Have everything asked for anew: the requests of before are gone."""
+        self._came = self._asked
         self._heard = time.monotonic()
-        self.request()
+        self._connection.signal()
 
     def check(self) -> None:
-        """Ask anew when the server has been silent for longer than it keeps a request."""
-        if self._outstanding and time.monotonic() - self._heard > PULL_SECONDS + 5:
+        """Have it asked for anew when the server has been silent for longer than it keeps a request."""
+        if self._asked > self._came and time.monotonic() - self._heard > PULL_SECONDS + 5:
             self.reset()
 
     async def _arrived(self, msg: Msg) -> None:
         self._heard = time.monotonic()
+        connection = self._connection
         if not msg.reply:
-            headers = msg.headers or {}
-            self._outstanding = max(0, self._outstanding - int(headers.get("Nats-Pending-Messages", self._outstanding)))
-            if headers.get("Status") in ("404", "409", "503") and "Deleted" in str(headers.get("Description")):
-                self._connection.streams.known.discard(self._queue)
-            self._connection._loop.call_later(0.05, self.request)
+            self._ended(msg.headers or {})
             return
-        self._outstanding = max(0, self._outstanding - 1)
-        limit = self._connection.settings.max_deliver
-        if limit is not None and msg.metadata.num_delivered > limit:
+        self._came += 1
+        limit = connection.settings.max_deliver
+        if limit is not None and times_delivered(msg.reply) > limit:
             reason = f"delivered {limit} times (max_deliver) and never acknowledged"
-            asyncio.ensure_future(self._connection.bury(self._queue, msg, reason))  # noqa: RUF006
+            connection.background(connection.bury(self._queue, msg, reason))
+            connection.signal()
             return
-        self._connection.hold(msg)
-        self._buffer.messages.append(msg)
-        self._connection.signal()
+        connection.hold(msg)
+        self.messages.append(msg)
+        connection.signal()
+
+    def _ended(self, headers: dict[str, str]) -> None:
+        """Note that a request has ended, by its time or because its stream is gone."""
+        self._came = min(self._asked, self._came + int(headers.get("Nats-Pending-Messages", self._asked)))
+        if headers.get("Status") in ("404", "409", "503") and "Deleted" in str(headers.get("Description")):
+            self._connection.streams.known.discard(self._queue)
+        self._connection.later(PAUSE_SECONDS, self._connection.signal)
