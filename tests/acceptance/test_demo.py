@@ -80,8 +80,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /
 
 @linux
 @pytest.mark.timeout(200)
-def test_demo_delivers_all_and_leaves_nothing(start_demo):
-    demo = start_demo("--orders", "400")
+@pytest.mark.parametrize("servers", [(), ("--database", "postgresql", "--broker", "redis")], ids=["default", "others"])
+def test_demo_delivers_all_and_leaves_nothing(start_demo, servers):
+    demo = start_demo("--orders", "400", *servers)
     wait_until(lambda: len(start_demo.running()) > 4, what="the demo's processes are found by their marks")
     output, errors = demo.communicate(timeout=170)
 
@@ -103,7 +104,7 @@ def test_demo_delivers_all_and_leaves_nothing(start_demo):
 @pytest.mark.parametrize("moment", ["servers", "load"])
 def test_interrupted_demo_leaves_nothing(start_demo, directory, number, status, moment):
     demo = start_demo("--orders", "100000")
-    seen = "catga-postgresserver-*" if moment == "servers" else "catga-demo-*/worker-2.log"
+    seen = "catga-natsserver-*" if moment == "servers" else "catga-demo-*/worker-2.log"
     wait_until(lambda: list(directory.glob(seen)), deadline=60, every=0.005, what=seen)
     demo.send_signal(number)
     output, errors = demo.communicate(timeout=60)

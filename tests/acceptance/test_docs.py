@@ -21,7 +21,7 @@ from catga_tasks.brokers.nats_settings import NatsSettings
 from catga_tasks.config import Settings
 from tests.processes import ROOT, Process
 from tests.waiting import wait_until
-from workers.servers import NatsServer, ServerMissingError
+from workers.servers import NatsServer, ServerMissingError, free_port
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\S[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -76,7 +76,9 @@ class Reader:
 
     def leave(self) -> None:
         for process in self.background:
-            process.kill()
+            process.terminate()
+        for process in self.background:
+            process.wait_exit(30)
 
 
 @pytest.fixture
@@ -93,7 +95,8 @@ def own_nats():
 def test_the_examples_run(page, tmp_path, redis_url, postgres_url, request):
     text = page.read_text()
     nats = request.getfixturevalue("own_nats") if NATS in text else NATS
-    reader = Reader(tmp_path, {REDIS: redis_url, POSTGRES: postgres_url, NATS: nats})
+    flower = f"outbox dev --flower-port {free_port()} &"
+    reader = Reader(tmp_path, {REDIS: redis_url, POSTGRES: postgres_url, NATS: nats, "outbox dev &": flower})
     try:
         for kind, content in BLOCK.findall(text):
             reader.do(kind.strip(), content)
