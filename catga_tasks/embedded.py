@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from catga_tasks import migrate
 from catga_tasks.database import in_one_line
 from catga_tasks.errors import CatgaError
 
+logger = logging.getLogger("catga_tasks")
+
 if TYPE_CHECKING:
     from catga_tasks.relay import Relay
 
@@ -25,8 +28,21 @@ class Worker(CeleryWorker):
         try:
             _ = self.app.catga_settings
             super().__init__(**options)
+            self._check_broker()
         except (CatgaError, SQLAlchemyError) as error:
             raise click.ClickException(in_one_line(error)) from None
+
+    def _check_broker(self) -> None:
+        """Raise what Celery would end with, but without its traceback: a wrong password, a queue that isn't ours."""
+        try:
+            with self.app.connection_for_read() as connection:
+                for queue in self.app.amqp.queues.consume_from.values():
+                    queue(connection.default_channel).declare()
+        except CatgaError as error:
+            if not isinstance(error, connection.connection_errors):
+                raise
+        except Exception:  # noqa: BLE001 - Celery says it and tries again
+            logger.debug("The broker didn't answer yet.")
 
 
 class RelayStep(bootsteps.StartStopStep):

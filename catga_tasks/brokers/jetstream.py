@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from kombu.exceptions import ChannelError
 from nats import errors
 from nats.aio.client import Client as NatsClient
+from nkeys import NkeysError
 
-from catga_tasks.brokers.nats_errors import StreamGone, Unreachable, refusal, translated
+from catga_tasks.brokers.nats_errors import NoTLS, StreamGone, Unreachable, refusal, translated
 from catga_tasks.brokers.streams import Streams
-from catga_tasks.errors import CatgaError
+from catga_tasks.errors import CatgaError, ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -64,13 +65,24 @@ _thread = _Thread()
 os.register_at_fork(after_in_child=_thread.forget)
 
 
+class _Client(NatsClient):
+    """nats-py would go on in plain text, password and all, where a server or somebody in between offers no TLS."""
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:  # noqa: FBT001, FBT002 - nats-py's signature
+        if initial_connection and "tls" in self.options and not info.get("tls_required"):
+            if not info.get("tls_available"):
+                raise NoTLS
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+
 class Connection:
     """One connection. `broken` is set once an outage has lasted too long."""
 
     def __init__(self, servers: Sequence[str], tls: bool, settings: NatsSettings) -> None:  # noqa: FBT001 - by position from a pair
         self.settings = settings
         self.broken: Unreachable | None = None
-        self.nats = NatsClient()
+        self.nats = _Client()
         self.js: Any = None
         self.pid = os.getpid()
         self._servers = list(servers)
@@ -117,7 +129,7 @@ class Connection:
             future.cancel()
             message = f"NATS didn't answer within {seconds:g} s."
             raise Unreachable(message) from None
-        except (errors.Error, OSError, EOFError) as error:
+        except (errors.Error, OSError, EOFError, NkeysError) as error:
             raise translated(error) from error
 
     def settle(self, reply: str, verb: bytes) -> None:
@@ -221,6 +233,11 @@ class Connection:
             "nkeys_seed": settings.nkey,
             "user_credentials": settings.credentials,
         }
+        for name in ("nkey", "credentials"):
+            path = getattr(settings, name)
+            if path is not None and not os.access(path, os.R_OK):
+                message = f"broker_transport_options: the file {name}={path!r} can't be read."
+                raise ConfigurationError(message)
         if self._tls or settings.tls_ca_file or settings.tls_cert_file:
             options["tls"] = settings.tls()
         return {name: value for name, value in options.items() if value is not None}
@@ -229,9 +246,13 @@ class Connection:
         if self._first_error is not None and not self._first_error.done():
             # While connecting for the first time, nats-py would go on for minutes.
             self._tries += 1
-            refused = "authorization" in str(error).lower()
-            if refused or self._tries >= len(self._servers):
-                self._first_error.set_exception(translated(error))
+            problem = translated(error)
+            if self.nats._server_info.get("tls_verify") and not self.settings.tls_cert_file:
+                problem = ConfigurationError(
+                    "The NATS server wants a client's certificate: set tls_cert_file and tls_key_file."
+                )
+            if isinstance(problem, ConfigurationError) or self._tries >= len(self._servers):
+                self._first_error.set_exception(problem)
             return
         logger.debug("NATS: %s", type(error).__name__)
 

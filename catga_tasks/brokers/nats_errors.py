@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from typing import TYPE_CHECKING
 
 from kombu.exceptions import ChannelError
@@ -21,6 +22,10 @@ class Unreachable(CatgaError, ConnectionError):
 
 class AccessRefused(ConfigurationError):
     """The server refuses these credentials, or what they may do. Trying again doesn't help."""
+
+
+class NoTLS(errors.Error):
+    """The server offers no TLS where the client wants it."""
 
 
 class StreamConflict(ConfigurationError):
@@ -51,22 +56,40 @@ def refusal(msg: Msg) -> Exception | None:
 
 def translated(error: BaseException) -> Exception:
     """Return the error as kombu, Celery and the relay know it, in words that say what to do."""
-    words = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (CatgaError, ChannelError)):
         return error
+    words = " ".join(str(error).split()) or type(error).__name__
+    mistake = _mistake(error)
+    found: Exception
     if isinstance(error, errors.MaxPayloadError) or ("maximum" in words and "size" in words):
-        return MessageRejected(
+        found = MessageRejected(
             "The message is larger than NATS takes: raise max_payload on the server, or max_msg_size."
         )
-    if isinstance(error, errors.AuthorizationError) or "uthorization" in words or "ermissions" in words:
-        return AccessRefused(f"NATS refuses access: {words}. Check user, password, token, nkey or credentials.")
-    absent = (js_errors.NoStreamResponseError, errors.NoRespondersError)
-    if isinstance(error, absent) or getattr(error, "err_code", 0) in _NO_JETSTREAM:
-        return ConfigurationError(
-            "NATS has no JetStream here: start the server with -js, or allow it for this account."
-        )
-    if isinstance(error, js_errors.APIError):
+    elif isinstance(error, errors.AuthorizationError) or "uthorization" in words or "ermissions" in words:
+        found = AccessRefused(f"NATS refuses access: {words}. Check user, password, token, nkey or credentials.")
+    elif mistake:
+        found = ConfigurationError(mistake)
+    elif isinstance(error, js_errors.APIError):
         passing = error.err_code in _EXHAUSTED or isinstance(error, js_errors.ServiceUnavailableError)
         kind: type[Exception] = Unreachable if passing else ChannelError
-        return kind(f"NATS: {error.description}")
-    return Unreachable(f"NATS can't be reached: {words}")
+        found = kind(f"NATS: {error.description}")
+    else:
+        found = Unreachable(f"NATS can't be reached: {words}")
+    return found
+
+
+def _mistake(error: BaseException) -> str | None:
+    """Say what is set up wrong, if that is the cause: trying again doesn't help."""
+    if isinstance(error, NoTLS):
+        return "The NATS server offers no TLS: switch it on there, or use nats:// without tls_* options."
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"The NATS server's certificate isn't accepted: {error.verify_message}. Set tls_ca_file to its authority's "
+            "certificate; if only the name differs, tls_check_hostname=False accepts it."
+        )
+    absent = (js_errors.NoStreamResponseError, errors.NoRespondersError)
+    if isinstance(error, absent) or getattr(error, "err_code", 0) in _NO_JETSTREAM:
+        return "NATS has no JetStream here: start the server with -js, or allow it for this account."
+    if type(error).__module__.partition(".")[0] == "nkeys":
+        return f"broker_transport_options: nkey or credentials can't be used: {error}."
+    return None

@@ -70,6 +70,8 @@ class NatsSettings:
     nkey: str | None = None
     #: Path of a .creds file.
     credentials: str | None = None
+    #: Refuse a server whose certificate names another host.
+    tls_check_hostname: bool = True
     tls_ca_file: str | None = None
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
@@ -78,6 +80,9 @@ class NatsSettings:
         _choice("storage", self.storage, ("file", "memory"))
         _choice("discard", self.discard, ("new", "old"))
         _between("replicas", self.replicas, 1, 5)
+        for name in ("compression", "tls_check_hostname"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, getattr(self, name), "True or False")
         for name in ("duplicate_window", "ack_wait", "connect_timeout", "publish_timeout", "reconnect_wait",
                      "reconnect_grace", "ping_interval"):  # fmt: skip
             _seconds(name, getattr(self, name))
@@ -122,6 +127,7 @@ class NatsSettings:
         """Return the TLS context; raise `ConfigurationError` for files that can't be read."""
         try:
             context = ssl.create_default_context(cafile=self.tls_ca_file)
+            context.check_hostname = self.tls_check_hostname
             if self.tls_cert_file:
                 context.load_cert_chain(self.tls_cert_file, self.tls_key_file)
         except (OSError, ssl.SSLError) as error:
