@@ -342,18 +342,26 @@ class Connection:
     async def publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
         """Publish (queue, step, body, id) each and wait for all confirmations; return each one's error or None.
 
-        What finds its stream gone, as after a delete elsewhere, is published again to a new one.
+        What finds its stream gone, as after a delete elsewhere, is published again to a new one; while a cluster elects
+        the stream's leader, until there is one.
         """
-        found = await self._publish(entries)
-        again = [number for number, error in enumerate(found) if isinstance(error, StreamGone)]
-        if again:
+        deadline = self._loop.time() + self.settings.publish_timeout
+        found = await self._publish(entries, deadline)
+        pause = 0.0
+        while again := [number for number, error in enumerate(found) if isinstance(error, StreamGone)]:
+            if self._loop.time() + pause >= deadline:
+                for number in again:
+                    found[number] = Unreachable("NATS takes nothing now: the queue's stream has no leader.")
+                break
+            await asyncio.sleep(pause)
+            pause = min(0.5, pause * 2 or 0.05)
             for number in again:
                 self.streams.known.discard(entries[number][0])
-            for number, error in zip(again, await self._publish([entries[n] for n in again]), strict=True):
+            for number, error in zip(again, await self._publish([entries[n] for n in again], deadline), strict=True):
                 found[number] = error
         return found
 
-    async def _publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
+    async def _publish(self, entries: Sequence[tuple[str, int, bytes, str]], deadline: float) -> list[Exception | None]:
         batch = _Batch(len(entries))
         tokens = []
         for number, (queue, step, body, identity) in enumerate(entries):
@@ -373,7 +381,7 @@ class Connection:
                 batch.answer(number, translated(error))
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(batch.complete.wait(), self.settings.publish_timeout)
+                await asyncio.wait_for(batch.complete.wait(), max(0.0, deadline - self._loop.time()))
         finally:
             for token in tokens:
                 self._awaited.pop(token, None)
