@@ -201,6 +201,22 @@ def dev_command(
     context.exit(dev.run(app, name, data=data, concurrency=concurrency, pool=pool, flower=flower))
 
 
+@outbox.command("flower", cls=CeleryCommand, context_settings={"ignore_unknown_options": True})
+@click.argument("tornado_argv", nargs=-1, type=click.UNPROCESSED, metavar="[FLOWER OPTIONS]...")
+@click.pass_context
+def flower_command(context: click.Context, tornado_argv: tuple[str, ...]) -> None:
+    """Run Flower, whose Broker page knows nats:// then. Its own options follow, such as --port=5555."""
+    try:
+        from flower.command import flower as program
+    except ModuleNotFoundError:
+        raise click.ClickException("Flower isn't installed: `pip install 'catga-tasks[flower]'`.") from None
+    from catga_tasks import flower
+
+    _application(context)
+    flower.install()
+    context.invoke(program, tornado_argv=tornado_argv)
+
+
 def _draw_status(found: dict[str, Any]) -> None:
     console = _console()
     oldest = found["oldest_age_seconds"]

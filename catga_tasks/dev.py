@@ -69,7 +69,7 @@ def run(app: Catga, name: str, *, data: str, concurrency: int | None, pool: str 
         if flower and not find_spec("flower"):
             team.say("flower", "not installed: `pip install 'catga-tasks[flower]'`")
         elif flower and team.until(team.is_ready):
-            web = [*command, "flower", "--address=127.0.0.1", f"--port={flower}"]
+            web = [*command, "outbox", "flower", "--address=127.0.0.1", f"--port={flower}"]
             where = f"http://127.0.0.1:{flower}"
             team.start(Part("flower", web, environment, where, ready=re.compile("Visit me")))
         if team.until(team.is_ready):

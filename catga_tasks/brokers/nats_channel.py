@@ -118,6 +118,11 @@ class Channel(virtual.Channel):
         tap = self.connection.taps.get(queue)
         return len(tap.messages) if tap else int(self.nats.call(self.nats.streams.size(queue)))
 
+    def counts(self, queue: str) -> dict[str, int]:
+        """Return a queue's messages: all, those that are ready, those that workers hold. By RabbitMQ's names."""
+        ready, held = self.nats.call(self.nats.streams.counts(queue))
+        return {"messages": ready + held, "messages_ready": ready, "messages_unacknowledged": held}
+
     def _purge(self, queue: str) -> int:
         tap = self.connection.taps.get(queue)
         if tap is None:

@@ -96,14 +96,18 @@ class Streams:
             return False
         return True
 
-    async def size(self, queue: str) -> int:
-        """Return how many messages are ready; those that a worker holds don't count."""
+    async def counts(self, queue: str) -> tuple[int, int]:
+        """Return how many messages are ready, and how many workers hold."""
         stream, steps = self._connection.settings.stream(queue), self._connection.settings.priority_steps
         try:
             found = await asyncio.gather(*(self._connection.js.consumer_info(stream, f"step-{step}") for step in steps))
         except js_errors.NotFoundError:
-            return 0
-        return sum(info.num_pending for info in found)
+            return 0, 0
+        return sum(info.num_pending for info in found), sum(info.num_ack_pending for info in found)
+
+    async def size(self, queue: str) -> int:
+        """Return how many messages are ready; those that a worker holds don't count."""
+        return (await self.counts(queue))[0]
 
     async def purge(self, queue: str) -> int:
         """Delete all messages, also those that a worker holds; return how many were ready."""
