@@ -1,0 +1,190 @@
+"""The brokers that the suite runs against: how each is reached, and what it can't do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import urllib.request
+import uuid
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kombu import Connection
+from redis import Redis
+from redis.exceptions import AuthenticationError
+
+from catga_tasks.brokers.nats_errors import AccessRefused
+from workers.servers import NatsServer, RedisServer, Server, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Broker:
+    """One broker under test, in a corner of its server that is this test's alone."""
+
+    name: ClassVar[str]
+    #: What it can't, with the reason; a test that `needs` it is left out.
+    CANNOT: ClassVar[Mapping[str, str]]
+    #: The error for credentials that are wrong.
+    REFUSED: ClassVar[type[Exception]]
+    #: After so many seconds without a word from its consumer a message is delivered again, and at most so much later.
+    REDELIVERY: ClassVar[float]
+    LATE: ClassVar[float]
+
+    def __init__(self, url: str, server: Server | None = None):
+        self.url = url
+        self.server = server
+        self.own = f"test-{uuid.uuid4().hex[:8]}"
+        self._opened: list[Connection] = []
+
+    @classmethod
+    def started(cls, password: str | None = None) -> Broker:
+        """Start a server of the test's own."""
+        raise NotImplementedError
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The transport options."""
+        raise NotImplementedError
+
+    @staticmethod
+    def patience(seconds: float) -> dict[str, Any]:
+        """Return the options for how long connecting and answers may take."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unattended(seconds: float) -> dict[str, Any]:
+        """Return the options for how long a message may be in hand; on Redis nothing renews it."""
+        raise NotImplementedError
+
+    def clients(self) -> int:
+        """Return how many connections and subscriptions the test's own server has."""
+        raise NotImplementedError
+
+    def clean(self) -> None:
+        """Remove what the test left on the server."""
+        raise NotImplementedError
+
+    def left(self) -> list[str]:
+        """Return the names of this test's keys or streams on the server."""
+        raise NotImplementedError
+
+    def connect(self, url: str | None = None, **changes: Any) -> Connection:
+        """Return a connection, closed at the test's end."""
+        connection = Connection(url or self.url, transport_options={**self.options, **changes})
+        self._opened.append(connection)
+        return connection
+
+    def at(self, port: int, access: str = "") -> str:
+        """Return the URL with another port of the loopback, and with credentials."""
+        scheme, _, rest = self.url.partition("://")
+        _, slash, database = rest.partition("/")
+        return f"{scheme}://{access}127.0.0.1:{port}{slash}{database}"
+
+    def close(self) -> None:
+        for connection in self._opened:
+            with contextlib.suppress(Exception):
+                connection.release()
+
+
+class RedisBroker(Broker):
+    name = "redis"
+    CANNOT: ClassVar = {
+        "final refusal": "kombu's Redis transport counts an authorization error among those that pass, and tries again",
+        "ids": "Redis' lists know no message ids; the inbox drops duplicates, at the worker",
+        "max_deliver": "Redis doesn't count deliveries",
+        "no words": "kombu's topic exchange takes `#` for one word or more",
+    }
+    REFUSED = AuthenticationError
+    REDELIVERY = 2.0
+    LATE = 4.0
+
+    @classmethod
+    def started(cls, password: str | None = None) -> RedisBroker:
+        server = RedisServer(*(["--requirepass", password] if password else []))
+        server.start()
+        return cls(server.url, server)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "global_keyprefix": f"{self.own}:", "visibility_timeout": self.REDELIVERY, "unacked_restore_interval": 1,
+            "unacked_restore_throttle": 1, "unacked_mutex_expire": 1,
+        }  # fmt: skip
+
+    @staticmethod
+    def patience(seconds: float) -> dict[str, Any]:
+        return {"socket_connect_timeout": seconds, "socket_timeout": seconds}
+
+    @staticmethod
+    def unattended(seconds: float) -> dict[str, Any]:
+        return {"visibility_timeout": seconds}
+
+    def clients(self) -> int:
+        with Redis.from_url(self.url) as client:
+            found = client.client_list()
+        return len(found) + sum(int(each["sub"]) + int(each["psub"]) for each in found)
+
+    def clean(self) -> None:
+        with Redis.from_url(self.url) as client:
+            for key in self.left():
+                client.delete(key)
+
+    def left(self) -> list[str]:
+        with Redis.from_url(self.url, decode_responses=True) as client:
+            return sorted(client.scan_iter(f"{self.own}:*"))
+
+
+class NatsBroker(Broker):
+    name = "nats"
+    CANNOT: ClassVar = {}
+    REFUSED = AccessRefused
+    REDELIVERY = 1.0
+    LATE = 1.0
+
+    #: The port of the server's monitoring.
+    monitor = 0
+
+    @classmethod
+    def started(cls, password: str | None = None) -> NatsBroker:
+        monitor = free_port()
+        access = f'authorization {{ user: "shop", password: "{password}" }}' if password else ""
+        server = NatsServer(f'http: "127.0.0.1:{monitor}"\n{access}')
+        server.start()
+        broker = cls(server.url, server)
+        broker.monitor = monitor
+        return broker
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "stream_prefix": self.own, "ack_wait": self.REDELIVERY, "publish_timeout": 5.0, "reconnect_wait": 0.05,
+        }  # fmt: skip
+
+    @staticmethod
+    def patience(seconds: float) -> dict[str, Any]:
+        return {"connect_timeout": seconds, "publish_timeout": seconds, "reconnect_grace": seconds}
+
+    @staticmethod
+    def unattended(seconds: float) -> dict[str, Any]:  # noqa: ARG004 - its worker says that it's in progress
+        return {}
+
+    def clients(self) -> int:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.monitor}/varz") as answer:
+            said = json.load(answer)
+        return said["connections"] + said["subscriptions"]
+
+    def clean(self) -> None:
+        with Connection(self.url, transport_options=self.options) as connection:
+            nats = connection.default_channel.nats
+            for name in self.left():
+                nats.call(nats.js.delete_stream(name))
+
+    def left(self) -> list[str]:
+        with Connection(self.url, transport_options=self.options) as connection:
+            nats = connection.default_channel.nats
+            found = nats.call(nats.js.streams_info())
+        return sorted(info.config.name for info in found if self.own in info.config.name)
+
+
+BROKERS = {kind.name: kind for kind in (RedisBroker, NatsBroker)}
