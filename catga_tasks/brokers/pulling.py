@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: How long the server keeps a request for messages, in seconds.
 PULL_SECONDS = 30.0
+#: How long the end of a consumer waits for what is on its way.
+DRAIN_SECONDS = 1.0
 
 
 class Buffer:
@@ -62,8 +64,12 @@ class Pull:
         """Unsubscribe and give back what nobody has seen."""
         self._connection._pulls.discard(self)
         self._wanted = 0
-        with contextlib.suppress(errors.Error):
-            await self._subscription.unsubscribe()
+        with contextlib.suppress(errors.Error, TimeoutError):
+            if self._connection.nats.is_connected:
+                # What the server has sent by now still comes; unsubscribed at once, it would wait for ack_wait.
+                await asyncio.wait_for(self._subscription.drain(), DRAIN_SECONDS)
+            else:
+                await self._subscription.unsubscribe()
         while self._buffer.messages:
             self._connection.settle(self._buffer.messages.popleft().reply, b"-NAK")
 

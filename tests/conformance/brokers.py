@@ -27,6 +27,8 @@ class Broker:
     CANNOT: ClassVar[Mapping[str, str]]
     #: The error for credentials that are wrong.
     REFUSED: ClassVar[type[Exception]]
+    #: Who may come to a server with a password.
+    USER: ClassVar[str]
     #: After so many seconds without a word from its consumer a message is delivered again, and at most so much later.
     REDELIVERY: ClassVar[float]
     LATE: ClassVar[float]
@@ -53,8 +55,8 @@ class Broker:
         raise NotImplementedError
 
     @staticmethod
-    def unattended(seconds: float) -> dict[str, Any]:
-        """Return the options for how long a message may be in hand; on Redis nothing renews it."""
+    def redelivery(seconds: float) -> dict[str, Any]:
+        """Return the option for how long a message may be in hand without a word."""
         raise NotImplementedError
 
     def clients(self) -> int:
@@ -75,10 +77,11 @@ class Broker:
         self._opened.append(connection)
         return connection
 
-    def at(self, port: int, access: str = "") -> str:
-        """Return the URL with another port of the loopback, and with credentials."""
+    def at(self, port: int, password: str | None = None) -> str:
+        """Return the URL with another port of the loopback, and with a password."""
         scheme, _, rest = self.url.partition("://")
         _, slash, database = rest.partition("/")
+        access = f"{self.USER}:{password}@" if password else ""
         return f"{scheme}://{access}127.0.0.1:{port}{slash}{database}"
 
     def close(self) -> None:
@@ -96,6 +99,7 @@ class RedisBroker(Broker):
         "no words": "kombu's topic exchange takes `#` for one word or more",
     }
     REFUSED = AuthenticationError
+    USER = ""
     REDELIVERY = 2.0
     LATE = 4.0
 
@@ -117,7 +121,7 @@ class RedisBroker(Broker):
         return {"socket_connect_timeout": seconds, "socket_timeout": seconds}
 
     @staticmethod
-    def unattended(seconds: float) -> dict[str, Any]:
+    def redelivery(seconds: float) -> dict[str, Any]:
         return {"visibility_timeout": seconds}
 
     def clients(self) -> int:
@@ -139,6 +143,7 @@ class NatsBroker(Broker):
     name = "nats"
     CANNOT: ClassVar = {}
     REFUSED = AccessRefused
+    USER = "shop"
     REDELIVERY = 1.0
     LATE = 1.0
 
@@ -166,8 +171,8 @@ class NatsBroker(Broker):
         return {"connect_timeout": seconds, "publish_timeout": seconds, "reconnect_grace": seconds}
 
     @staticmethod
-    def unattended(seconds: float) -> dict[str, Any]:  # noqa: ARG004 - its worker says that it's in progress
-        return {}
+    def redelivery(seconds: float) -> dict[str, Any]:
+        return {"ack_wait": seconds}
 
     def clients(self) -> int:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.monitor}/varz") as answer:

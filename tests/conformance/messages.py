@@ -62,31 +62,40 @@ def size(connection, queue="q"):
 
 
 class Steadfast:
-    """A consumer as Celery's: what its broker calls recoverable makes it connect again.
+    """A consumer as Celery's: what its broker calls recoverable makes it connect again. With a hub it lives in it."""
 
-    `seen` are the bodies, acknowledged unless `ack` says otherwise.
-    """
-
-    def __init__(self, broker, *queues, **options):
-        self._broker, self._queues, self._options = broker, queues, options
-        self.seen, self.reconnects = [], 0
+    def __init__(self, broker, *queues, hub=None, **options):
+        self._broker, self._queues, self._hub, self._options = broker, queues, hub, options
+        #: The bodies that came, acknowledged.
+        self.seen = []
+        self.reconnects = 0
         self._start()
 
-    def _start(self):
-        self.connection = self._broker.connect(**self._options)
-        self.connection.ensure_connection(max_retries=40, interval_start=0.1, interval_step=0.1, interval_max=0.5)
-        self._messages = consuming(self.connection, *self._queues)
-
     def look(self):
-        """Take what comes within a moment."""
+        """Take what comes within a moment; return all that has come."""
         try:
-            drained(self.connection)
+            if self._hub is None:
+                drained(self.connection)
+            else:
+                next(self._loop)
             while self._messages:
                 message = self._messages.pop(0)
                 self.seen.append(message.payload)
                 message.ack()
-        except self.connection.recoverable_connection_errors + self.connection.recoverable_channel_errors:
+        except (*self.connection.recoverable_connection_errors, *self.connection.recoverable_channel_errors):
             self.reconnects += 1
             self.connection.collect()
+            if self._hub is not None:
+                self._hub.reset()
+                self._hub.timer.clear()
             self._start()
         return self.seen
+
+    def _start(self):
+        self.connection = self._broker.connect(**self._options)
+        self.connection.ensure_connection(max_retries=40, interval_start=0.1, interval_step=0.1, interval_max=0.5)
+        if self._hub is not None:
+            self._hub.call_repeatedly(0.02, int)  # a loop of the hub lasts until the next timer
+            self.connection.transport.register_with_event_loop(self.connection.connection, self._hub)
+            self._loop = self._hub.create_loop()
+        self._messages = consuming(self.connection, *self._queues)

@@ -249,17 +249,3 @@ def test_a_server_that_refuses_tracking_is_served_as_kombu_does(own_redis, caplo
         assert received(connection, 2) == [1, 2]
     assert "may lose one" in caplog.text
     assert "word" not in caplog.text
-
-
-def test_23_it_goes_on_after_a_restart(own_redis, tmp_path):
-    broker = own_redis()
-    with connect(broker.url) as connection:
-        publish(broker.url, [1])
-        assert received(connection, 1) == [1]
-        broker.restart()
-        publish(broker.url, [2])
-        with contextlib.suppress(*connection.recoverable_connection_errors):
-            received(connection, 1, deadline=1)
-        connection.ensure_connection()
-        publish(broker.url, [3])
-        assert received(connection.clone(), 1)[-1] in (2, 3)
