@@ -9,6 +9,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kombu import Connection
+from kombu.exceptions import ChannelError
 from redis import Redis
 from redis.exceptions import AuthenticationError
 
@@ -71,6 +72,14 @@ class Broker:
         """Return the names of this test's keys or streams on the server."""
         raise NotImplementedError
 
+    def put(self, queue: str, body: bytes, identity: str) -> None:
+        """Put bytes into a queue that is there, under a message's id where there are such."""
+        raise NotImplementedError
+
+    def dead(self, queue: str) -> list[tuple[bytes, str]]:
+        """Return the dead letters of a queue, each with what the broker notes as the reason."""
+        raise NotImplementedError
+
     def connect(self, url: str | None = None, **changes: Any) -> Connection:
         """Return a connection, closed at the test's end."""
         connection = Connection(url or self.url, transport_options={**self.options, **changes})
@@ -96,6 +105,7 @@ class RedisBroker(Broker):
         "final refusal": "kombu's Redis transport counts an authorization error among those that pass, and tries again",
         "ids": "Redis' lists know no message ids; the inbox drops duplicates, at the worker",
         "max_deliver": "Redis doesn't count deliveries",
+        "in progress": "what is in hand for longer than Redis' visibility_timeout is delivered again, in hand or not",
         "no words": "kombu's topic exchange takes `#` for one word or more",
     }
     REFUSED = AuthenticationError
@@ -137,6 +147,14 @@ class RedisBroker(Broker):
     def left(self) -> list[str]:
         with Redis.from_url(self.url, decode_responses=True) as client:
             return sorted(client.scan_iter(f"{self.own}:*"))
+
+    def put(self, queue: str, body: bytes, identity: str) -> None:
+        with Redis.from_url(self.url) as client:
+            client.lpush(f"{self.own}:{queue}", body)
+
+    def dead(self, queue: str) -> list[tuple[bytes, str]]:
+        with Redis.from_url(self.url) as client:
+            return [(body, "") for body in client.lrange(f"{self.own}:{queue}.undecodable", 0, -1)]
 
 
 class NatsBroker(Broker):
@@ -190,6 +208,20 @@ class NatsBroker(Broker):
             nats = connection.default_channel.nats
             found = nats.call(nats.js.streams_info())
         return sorted(info.config.name for info in found if self.own in info.config.name)
+
+    def put(self, queue: str, body: bytes, identity: str) -> None:
+        with Connection(self.url, transport_options=self.options) as connection:
+            connection.default_channel.send([(queue, 0, body, identity)], raising=True)
+
+    def dead(self, queue: str) -> list[tuple[bytes, str]]:
+        with Connection(self.url, transport_options=self.options) as connection:
+            nats = connection.default_channel.nats
+            try:
+                count = nats.call(nats.js.stream_info(f"{self.own}-dead")).state.messages
+            except ChannelError:
+                return []
+            found = [nats.call(nats.js.get_msg(f"{self.own}-dead", number + 1)) for number in range(count)]
+        return [(msg.data, msg.headers["Catga-Reason"]) for msg in found if msg.headers["Catga-Queue"] == queue]
 
 
 BROKERS = {kind.name: kind for kind in (RedisBroker, NatsBroker)}

@@ -130,7 +130,7 @@ def test_25_a_publish_to_a_server_that_is_gone_is_an_error_in_time(start):
         broker.server.kill()
         started = time.monotonic()
         with pytest.raises(connection.recoverable_connection_errors):
-            connection.Producer().publish("lost", routing_key="q", retry=False)
+            connection.Producer().publish("lost", routing_key="q", serializer="json", retry=False)
         assert time.monotonic() - started < 10
         broker.server.start()
     with broker.connect() as connection:
