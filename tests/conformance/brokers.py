@@ -106,6 +106,7 @@ class RedisBroker(Broker):
         "ids": "Redis' lists know no message ids; the inbox drops duplicates, at the worker",
         "max_deliver": "Redis doesn't count deliveries",
         "in progress": "what is in hand for longer than Redis' visibility_timeout is delivered again, in hand or not",
+        "fanout keys": "kombu's fanout on Redis goes by routing key too (fanout_patterns)",
         "no words": "kombu's topic exchange takes `#` for one word or more",
     }
     REFUSED = AuthenticationError

@@ -50,7 +50,7 @@ def test_04_content_headers_and_properties_are_intact(broker, body, options):
 def test_04_messages_come_in_order_and_once(broker):
     with broker.connect() as connection:
         publish(connection, range(200))
-        assert size(connection) == 200
+        wait_until(lambda: size(connection) == 200)
         assert taken(connection, 200) == list(range(200))
         wait_until(lambda: size(connection) == 0)
     with broker.connect() as connection:
@@ -271,7 +271,6 @@ def test_23_a_retry_with_the_same_task_id_survives(broker):
     for retries in range(3):
         app.send_task("charge", queue="q", task_id="order-1", retries=retries)
     with broker.connect() as connection:
-        assert size(connection) == 3
         messages = consuming(connection)
         came(connection, messages, 3)
         assert [message.headers["retries"] for message in messages] == [0, 1, 2]
@@ -284,7 +283,7 @@ def test_24_the_same_id_is_stored_once(broker):
         publish(connection, [])
         for identity in ("order-1", "order-1", "order-2"):
             broker.put("q", b"{}", identity)
-        assert size(connection) == 2
+        wait_until(lambda: size(connection) == 2)
 
 
 def test_24_garbage_is_kept_and_named(broker, caplog):
