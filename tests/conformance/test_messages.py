@@ -135,6 +135,19 @@ def test_12_what_is_held_at_the_end_goes_back_at_once(broker):
         assert sorted(came(connection, consuming(connection), 5, deadline=5)) == list(range(5))
 
 
+def test_12_what_is_on_its_way_at_the_end_goes_back_at_once(broker):
+    """The broker sends it at the very moment that its consumer ends."""
+    for number in range(20):
+        with broker.connect(**broker.redelivery(30)) as connection:
+            consuming(connection)
+            idle(connection, 0.05)
+            publish(connection, [number])
+        with broker.connect(**broker.redelivery(30)) as connection:
+            messages = consuming(connection)
+            assert came(connection, messages, 1, deadline=5) == [number]
+            messages[0].ack()
+
+
 def test_12_without_acknowledgement_nothing_stays(broker):
     with broker.connect() as connection:
         publish(connection, range(3))
