@@ -90,6 +90,9 @@ class Server:
     def pause(self) -> None:
         """SIGSTOP: connections stay open and nothing answers."""
         self._signal(signal.SIGSTOP)
+        if self._process is not None and sys.platform == "linux":
+            # Its threads don't stop at once; one of them might answer yet.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT."""
