@@ -90,8 +90,9 @@ class Server:
     def pause(self) -> None:
         """SIGSTOP the server; return when it has stopped."""
         self._signal(signal.SIGSTOP)
-        if self._process is not None:
-            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+        if self._process is not None and sys.platform == "linux":
+            # Its threads don't stop at once; one of them might answer yet.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT."""

@@ -328,8 +328,7 @@ class Connection:
             self._grace.cancel()
         if self.nats.is_connected:
             with contextlib.suppress(errors.Error, asyncio.TimeoutError):
-                for pull in list(self.pulls):
-                    await pull.stop()
+                await asyncio.gather(*(pull.stop() for pull in list(self.pulls)))
                 await self._send_settled()
                 for reply in list(self._held):
                     await self.nats.publish(reply, b"-NAK")

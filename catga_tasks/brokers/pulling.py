@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import time
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 #: How long the server keeps a request for messages, in seconds.
 PULL_SECONDS = 30.0
+#: How long the end of a consumer waits for what is on its way, in seconds.
+DRAIN_SECONDS = 1.0
 #: After an answer that isn't a message, the next request waits this long, in seconds.
 PAUSE_SECONDS = 0.05
 #: The parts of a delivery's reply subject, $JS.ACK.stream.consumer.delivered..., without a domain.
@@ -77,8 +80,12 @@ class Pull(Buffer):
     async def stop(self) -> None:
         """Unsubscribe and give back what nobody has seen."""
         self._connection.pulls.discard(self)
-        with contextlib.suppress(errors.Error):
-            await self._subscription.unsubscribe()
+        with contextlib.suppress(errors.Error, TimeoutError):
+            if self._connection.nats.is_connected:
+                # What the server has sent by now still comes; unsubscribed at once, it would wait for ack_wait.
+                await asyncio.wait_for(self._subscription.drain(), DRAIN_SECONDS)
+            else:
+                await self._subscription.unsubscribe()
         while self.messages:
             self._connection.settle(self.messages.popleft().reply, b"-NAK")
 

@@ -85,6 +85,10 @@ class Channel(kombu_redis.Channel):
         self._without_ack = self._without_ack | {queue} if no_ack else self._without_ack - {queue}
         return super().basic_consume(queue, no_ack, *args, **kwargs)
 
+    def _has_queue(self, queue: str, **_options: Any) -> bool:
+        # kombu's own asks for the keys without their prefix (global_keyprefix).
+        return bool(self._size(queue))
+
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - kombu's signature
         # The push comes on the connection itself, which takes RESP3.
         return {"protocol": 3, **super()._connparams(asynchronous=asynchronous)}

@@ -170,25 +170,7 @@ def test_requeue_and_restore(redis_url, server):
     assert (server.hlen("unacked"), server.llen("q")) == (0, 1)
 
 
-def test_prefetch_is_kept(redis_url, server):
-    publish(redis_url, range(10))
-    with connect(redis_url) as connection:
-        held = []
-        with connection.Consumer(Queue("q"), callbacks=[lambda body, message: held.append(message)], prefetch_count=3):
-            for _ in range(5):
-                with contextlib.suppress(TimeoutError):
-                    connection.drain_events(timeout=0.1)
-            assert (len(held), server.llen("q"), server.hlen("unacked")) == (3, 7, 3)
-            held[0].ack()
-            connection.drain_events(timeout=5)
-            assert len(held) == 4
-
-
-def test_priorities_come_first_and_queues_take_turns(redis_url):
-    publish(redis_url, ["low", "low"], priority=9)
-    publish(redis_url, ["high"], priority=0)
-    with connect(redis_url) as connection:
-        assert received(connection, 3) == ["high", "low", "low"]
+def test_queues_take_turns(redis_url):
     publish(redis_url, ["a"] * 3, queue="a")
     publish(redis_url, ["b"] * 3, queue="b")
     with connect(redis_url) as connection:
@@ -212,15 +194,6 @@ def test_a_key_prefix_is_kept(redis_url, server):
         assert server.hlen("shop-unacked") == 1
         held[0].ack()
         assert server.hlen("shop-unacked") == 0
-
-
-def test_24_garbage_is_kept_and_named(redis_url, server, caplog):
-    server.lpush("q", "no json", '{"properties": 3}')
-    publish(redis_url, ["good"])
-    with connect(redis_url) as connection, caplog.at_level(logging.ERROR):
-        assert received(connection, 1) == ["good"]
-    assert sorted(server.lrange("q.undecodable", 0, -1)) == ["no json", '{"properties": 3}']
-    assert "can't be decoded; it is kept in the list q.undecodable" in caplog.text
 
 
 def test_a_new_queue_is_consumed_at_once(redis_url):
@@ -249,17 +222,3 @@ def test_a_server_that_refuses_tracking_is_served_as_kombu_does(own_redis, caplo
         assert received(connection, 2) == [1, 2]
     assert "may lose one" in caplog.text
     assert "word" not in caplog.text
-
-
-def test_23_it_goes_on_after_a_restart(own_redis, tmp_path):
-    broker = own_redis()
-    with connect(broker.url) as connection:
-        publish(broker.url, [1])
-        assert received(connection, 1) == [1]
-        broker.restart()
-        publish(broker.url, [2])
-        with contextlib.suppress(*connection.recoverable_connection_errors):
-            received(connection, 1, deadline=1)
-        connection.ensure_connection()
-        publish(broker.url, [3])
-        assert received(connection.clone(), 1)[-1] in (2, 3)
