@@ -76,7 +76,9 @@ def in_one_line(error: Exception) -> str:
     # Whatever the driver repeats of the URL.
     words = re.sub(r"(password\s*=\s*|://[^:/@\s]+:)[^@\s]+", r"\1***", words)
     if is_locked(error):
-        return "SQLite's file is locked by another transaction: end it, or raise the time-out (sqlite:///...?timeout=60)."
+        return (
+            "SQLite's file is locked by another transaction: end it, or raise the time-out (sqlite:///...?timeout=60)."
+        )
     if getattr(error.orig, "sqlstate", None) == "42501":
         return f"The database refuses it: {words}. Grant the outbox's tables to this user."
     return f"The database can't be used: {words} (check outbox_url and that the server is up)."

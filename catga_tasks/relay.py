@@ -59,6 +59,8 @@ class Relay:
         self._on_published = published
         self._claims = Claims(engine, settings, relay=self.id, queues=queues)
         self._listener = Listener(engine)
+        self._engine = engine
+        self._fork_waits, self._fork_may, self._fork_over = threading.Event(), threading.Event(), threading.Event()
         self._stopping = threading.Event()
         self._pause = POLL_SECONDS
         self._failures = 0
@@ -71,6 +73,7 @@ class Relay:
         logger.info("Relay %s is ready.", self.id)
         try:
             while not self._stopping.is_set():
+                self._make_way()
                 self._round()
         finally:
             self._end()
@@ -94,6 +97,31 @@ class Relay:
         """Finish the batch in hand and return from `run`. Safe in a signal handler."""
         self._stopping.set()
         self._listener.interrupt()
+
+    def pause(self) -> None:
+        """Wait until the relay's thread holds no connection to the database, for a fork; `resume` lets it go on.
+
+        A fork copies what SQLite knows of the locks that its process holds, and the child would trust in it. Bounded by
+        the time that a publish may take.
+        """
+        self._fork_may.clear()
+        self._fork_over.clear()
+        self._fork_waits.set()
+        self._listener.interrupt()
+        self._fork_may.wait(self._settings.outbox_publish_timeout)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._fork_waits.clear()
+        self._fork_over.set()
+
+    def _make_way(self) -> None:
+        if self._fork_waits.is_set():
+            self._claims.release()
+            self._listener.disconnect()
+            self._engine.dispose()
+            self._fork_may.set()
+            self._fork_over.wait()
 
     def _round(self) -> None:
         try:
@@ -173,6 +201,7 @@ class Relay:
         first, longest = OUTAGE_SECONDS
         deadline = time.monotonic() + retry.delay(self._failures, base=first, maximum=longest)
         while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
+            self._make_way()
             # Commits don't shorten this wait: they would turn into attempts at a broker that is down.
             self._stopping.wait(min(left, 0.1))
 
