@@ -1,5 +1,8 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself, from PyPI alone.
 PYTHON ?= python3
+# What `make demo` runs on: sqlite or postgresql, nats or redis.
+DATABASE ?= sqlite
+BROKER ?= nats
 BIN := .venv/bin
 # What `make demo` runs on: sqlite or postgresql, nats or redis.
 DATABASE ?= sqlite

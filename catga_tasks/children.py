@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 #: Seconds that children have to end before they are killed.
 GRACE = 10.0
 _PR_SET_PDEATHSIG = 1
-_COLOURS = {"dev": "bold", "nats": "magenta", "relay": "cyan", "worker": "green", "flower": "yellow"}
+_COLOURS = {
+    "dev": "bold", "nats": "magenta", "migrate": "blue", "relay": "cyan", "worker": "green", "flower": "yellow",
+}  # fmt: skip
 
 
 @dataclass
@@ -139,7 +141,7 @@ class Team:
     def say(self, name: str, text: str, style: str = "bold") -> None:
         """Print a line of a part."""
         try:
-            self.console.print(Text.assemble((f"{name:<6} ", _COLOURS[name]), (text, style)))
+            self.console.print(Text.assemble((f"{name:<7} ", _COLOURS[name]), (text, style)))
         except OSError:  # the terminal is gone
             self._asked = self._asked or 1
 
@@ -151,11 +153,11 @@ class Team:
             selector.select(seconds)
         for part in self.parts:
             for line in part.lines():
-                if part.shown.search(line):
-                    self.say(part.name, line, "")
                 if part.ready and not part.is_ready and part.ready.search(line):
                     part.is_ready = True
                     self.say(part.name, f"ready: {part.address}" if part.address else "ready")
+                elif part.shown.search(line):
+                    self.say(part.name, line, "")
             part.is_ready |= part.ready is None
 
     def _ask(self, _number: int, _frame: object) -> None:
@@ -165,9 +167,7 @@ class Team:
         """SIGTERM to all, the broker last; SIGKILL to whom it takes too long, or at the second signal."""
         if self._ended is not None:
             self._show(0)
-            self.say("dev", f"{self._ended.name} ended with status {self.status}; it printed last:", "bold red")
-            for line in self._ended.tail:
-                self.say(self._ended.name, line, "red")
+            self._report(self._ended)
         elif self._asked:
             self.say("dev", f"ending, {GRACE:g} s for tasks that run; once more ends them at once")
         patience = self._asked + 1
@@ -176,6 +176,16 @@ class Team:
         self._show(0)
         if self.parts:
             self.say("dev", "ended")
+
+    def _report(self, part: Part) -> None:
+        """Say which part ended by itself and, unless it was killed, what it printed last."""
+        if part.process.returncode < 0:
+            name = signal.Signals(-part.process.returncode).name
+            self.say("dev", f"{part.name} was killed by {name}: everything ends, with status {self.status}", "bold red")
+            return
+        self.say("dev", f"{part.name} ended with status {self.status}; it printed last:", "bold red")
+        for line in part.tail:
+            self.say(part.name, line, "red")
 
     def _stop(self, parts: list[Part], patience: int) -> None:
         for part in parts:

@@ -18,6 +18,9 @@ Source = str | URL | Engine | sessionmaker[Any]
 
 #: Seconds that a connection to PostgreSQL may take to open, unless the URL says otherwise.
 CONNECT_TIMEOUT = 10
+#: Seconds that a transaction on SQLite waits for the others' writes, unless the URL says otherwise. Python's own 5 were
+#: all but used up by six callers and eight processes of workers on one file.
+BUSY_TIMEOUT = 20
 
 
 def open_engine(source: object) -> Engine:
@@ -68,6 +71,11 @@ def refuse_missing_table(error: SQLAlchemyError) -> None:
         raise MigrationRequired(message) from None
 
 
+def is_locked(error: SQLAlchemyError) -> bool:
+    """Return whether SQLite's one writer was another one for too long."""
+    return "database is locked" in str(getattr(error, "orig", None))
+
+
 def in_one_line(error: Exception) -> str:
     """Say what is wrong in one line, and no secret with it."""
     if not isinstance(error, DBAPIError):
@@ -75,6 +83,10 @@ def in_one_line(error: Exception) -> str:
     words = str(error.orig).strip().partition("\n")[0]
     # Whatever the driver repeats of the URL.
     words = re.sub(r"(password\s*=\s*|://[^:/@\s]+:)[^@\s]+", r"\1***", words)
+    if is_locked(error):
+        return (
+            "SQLite's file is locked by another transaction: end it, or raise the time-out (sqlite:///...?timeout=60)."
+        )
     if getattr(error.orig, "sqlstate", None) == "42501":
         return f"The database refuses it: {words}. Grant the outbox's tables to this user."
     return f"The database can't be used: {words} (check outbox_url and that the server is up)."
@@ -98,5 +110,7 @@ def _connected(url: URL) -> Engine:
     if getattr(dialect, "is_async", False):
         message = f"outbox_url: {url.drivername} is an asynchronous driver; use postgresql+psycopg:// or sqlite:///."
         raise ConfigurationError(message)
-    bounded = dialect.driver == "psycopg" and "connect_timeout" not in url.query
-    return create_engine(url, connect_args={"connect_timeout": CONNECT_TIMEOUT} if bounded else {}, pool_pre_ping=True)
+    bounds = {"psycopg": ("connect_timeout", CONNECT_TIMEOUT), "pysqlite": ("timeout", BUSY_TIMEOUT)}
+    bound = bounds.get(dialect.driver)
+    limits = dict([bound]) if bound and bound[0] not in url.query else {}
+    return create_engine(url, connect_args=limits, pool_pre_ping=True)

@@ -44,18 +44,19 @@ def run(app: Catga, name: str, *, data: str, concurrency: int | None, pool: str 
     if flower and find_spec("flower") and not _is_free(flower):
         raise ConfigurationError(f"Port {flower} is taken: give --flower-port.")
     with _locked(Path(data)), Team() as team:
-        port = _port(app)
+        wanted, port = _port(app)
         address = f"nats://127.0.0.1:{port}"
         store = ["-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(Path(data) / "nats")]
         # It says a lot when all is well.
         team.start(Part("nats", [_nats_binary(), *store], shown=re.compile(r"\[(WRN|ERR|FTL)\]")))
         if not team.until(lambda: _answers(port)):
             return team.status
-        team.say("nats", f"ready: {address}, data in {data}")
+        taken = f" ({wanted} is taken)" if wanted not in {None, port} else ""
+        team.say("nats", f"ready: {address}{taken}, data in {data}")
         engine = app.outbox.engine
         _, revision = migrate.upgrade(engine)
         engine.dispose()
-        team.say("dev", f"the outbox's tables are at revision {revision}")
+        team.say("migrate", f"ready: the outbox's tables are at revision {revision}")
 
         environment = dict.fromkeys(("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"), address)
         command = [sys.executable, "-m", "catga_tasks.dev", name]
@@ -101,14 +102,19 @@ def _nats_binary() -> str:
     return found
 
 
-def _port(app: Catga) -> int:
-    """Return the port of the application's broker if that is a free one here, else any free port."""
+def _port(app: Catga) -> tuple[int | None, int]:
+    """Return the port of the application's broker if that is one of this machine, and it again if it is free.
+
+    Else any free port takes its place.
+    """
     own = urlsplit(_first(app.conf.broker_url))
-    if own.scheme == "nats" and own.hostname in {"127.0.0.1", "localhost"} and _is_free(own.port or 4222):
-        return own.port or 4222
+    here = own.scheme == "nats" and own.hostname in {"127.0.0.1", "localhost"}
+    wanted = (own.port or 4222) if here else None
+    if wanted is not None and _is_free(wanted):
+        return wanted, wanted
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        return wanted, int(probe.getsockname()[1])
 
 
 def _is_free(port: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ class RelayStep(bootsteps.StartStopStep):
         self.enabled = bool(outbox_relay)
         self._relay: Relay | None = None
         self._thread: threading.Thread | None = None
+        self._paused: Relay | None = None
         if self.enabled:
             engine = worker.app.outbox.engine
             with engine.connect() as connection:
@@ -68,6 +70,12 @@ class RelayStep(bootsteps.StartStopStep):
         """Start the thread."""
         self._relay = worker.app.relay()
         self._thread = threading.Thread(target=self._relay.run, name="catga-outbox-relay", daemon=True)
+        engine = worker.app.outbox.engine
+        if engine.dialect.name == "sqlite":
+            # The pool forks again when it replaces a child.
+            os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork)
+        # A connection that this thread gave back to the pool isn't the child's.
+        os.register_at_fork(after_in_child=lambda: engine.dispose(close=False))
         self._thread.start()
 
     def stop(self, worker: Any) -> None:
@@ -77,3 +85,13 @@ class RelayStep(bootsteps.StartStopStep):
             self._thread.join(worker.app.catga_settings.outbox_publish_timeout)
 
     terminate = stop
+
+    def _before_fork(self) -> None:
+        if self._relay is not None and self._thread is not None and self._thread.is_alive():
+            self._paused = self._relay
+            self._paused.pause()
+
+    def _after_fork(self) -> None:
+        if self._paused is not None:
+            self._paused.resume()
+            self._paused = None

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionm
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from catga_tasks import outbox
-from catga_tasks.database import Source, open_engine, refuse_missing_table
+from catga_tasks.database import Source, is_locked, open_engine, refuse_missing_table
 from catga_tasks.errors import OutboxUnavailable, TransactionRequired
 from catga_tasks.joining import SessionTarget, Target, listen_to_sessions, target_of, tracked_class
 from catga_tasks.wakeup import Waker
@@ -120,6 +120,12 @@ class Outbox:
                 outbox.add(connection, envelopes)
         except DBAPIError as error:
             refuse_missing_table(error)
+            if is_locked(error):
+                message = (
+                    "SQLite's file is locked by another transaction; nothing was enqueued. If it is your own, join it: "
+                    "`with app.outbox.join(session):`, or app.outbox.track() your sessionmaker."
+                )
+                raise OutboxUnavailable(message) from error
             message = (
                 f"The outbox's database refused the message or didn't answer ({type(error.orig).__name__}); nothing "
                 "was enqueued. Check outbox_url and that the server is up."

@@ -85,6 +85,20 @@ class Relay:
         for lane in self.lanes:
             lane.stop()
 
+    def pause(self) -> None:
+        """Wait until no lane holds a connection to the database, for a fork; `resume` lets them go on.
+
+        A fork copies what SQLite knows of the locks that its process holds, and the child would trust in it. Bounded by
+        the time that a publish may take.
+        """
+        for lane in self.lanes:
+            lane.pause()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        for lane in self.lanes:
+            lane.resume()
+
 
 class Lane:
     """A relay's way to one broker.
@@ -113,6 +127,8 @@ class Lane:
         self._on_published = published
         self._claims = Claims(engine, settings, relay=self.id, broker=broker, queues=queues)
         self._listener = Listener(engine)
+        self._engine = engine
+        self._fork_waits, self._fork_may, self._fork_over = threading.Event(), threading.Event(), threading.Event()
         self._stopping = threading.Event()
         self._pause = POLL_SECONDS
         self._failures = 0
@@ -126,6 +142,7 @@ class Lane:
         logger.info("Relay %s is ready%s.", self.id, f" for broker {self.broker}" if self.broker else "")
         try:
             while not self._stopping.is_set():
+                self._make_way()
                 self._round()
         finally:
             self._end()
@@ -146,6 +163,27 @@ class Lane:
         """Finish the batch in hand; see `Relay.stop`."""
         self._stopping.set()
         self._listener.interrupt()
+
+    def pause(self) -> None:
+        """Wait until this lane holds no connection; see `Relay.pause`."""
+        self._fork_may.clear()
+        self._fork_over.clear()
+        self._fork_waits.set()
+        self._listener.interrupt()
+        self._fork_may.wait(self._settings.outbox_publish_timeout)
+
+    def resume(self) -> None:
+        """Go on; see `Relay.resume`."""
+        self._fork_waits.clear()
+        self._fork_over.set()
+
+    def _make_way(self) -> None:
+        if self._fork_waits.is_set():
+            self._claims.release()
+            self._listener.disconnect()
+            self._engine.dispose()
+            self._fork_may.set()
+            self._fork_over.wait()
 
     def _round(self) -> None:
         try:
@@ -226,6 +264,7 @@ class Lane:
         first, longest = OUTAGE_SECONDS
         deadline = time.monotonic() + retry.delay(self._failures, base=first, maximum=longest)
         while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
+            self._make_way()
             # Commits don't shorten this wait: they would turn into attempts at a broker that is down.
             self._stopping.wait(min(left, 0.1))
 

@@ -1,12 +1,13 @@
 """Does every committed task run, though a worker and a relay are killed, and none that was rolled back?
 
-`make demo`: SQLite and NATS, or `make demo DATABASE=postgresql BROKER=redis`, with two workers and two relays; servers
-are on free ports, and nothing is left behind afterwards.
+`make demo`: a SQLite file, an embedded NATS server, two workers and two relays, on a free port and in a temporary
+folder, and nothing left behind afterwards. `make demo DATABASE=postgresql BROKER=redis` takes the other ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import random
@@ -32,17 +33,23 @@ if TYPE_CHECKING:
     from workers.audit import Audit
 
 PLACING_THREADS = 4
-#: Seconds until the work of who is killed goes to another one.
-DEAD_AFTER = "4"
+#: The servers; SQLite needs none.
+DATABASES: dict[str, type[PostgresServer] | None] = {"sqlite": None, "postgresql": PostgresServer}
+BROKERS: dict[str, type[NatsServer | RedisServer]] = {"nats": NatsServer, "redis": RedisServer}
+NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL", "nats": "NATS", "redis": "Redis"}
+#: Seconds until what the killed had in hand goes to others: a worker's messages, and on SQLite a relay's lease.
+TIMEOUTS = {
+    "SHOP_ACK_WAIT": "4",
+    "SHOP_VISIBILITY_TIMEOUT": "4",
+    "SHOP_LEASE_TIMEOUT": "5",
+    "SHOP_PUBLISH_TIMEOUT": "4",
+}
 #: The demo fails if something is still under way after this many seconds.
 DEADLINE = 120.0
 #: Seconds without a message anywhere, after which none is under way: one may be between the broker and a worker.
 QUIET = 1.0
 #: Who is killed, and when: the share of the tasks that have run by then.
 KILLS = (("worker", 0.2), ("relay", 0.4))
-
-
-NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL", "nats": "NATS", "redis": "Redis"}
 
 
 class Interrupted(Exception):
@@ -101,23 +108,53 @@ class Load:
 
 
 def drained() -> bool:
-    """Return whether no message is left: not in the outbox, not at the broker, not in a worker's hands."""
+    """Return whether no message is left: not in the outbox, not in the broker, not in a worker's hands."""
     from sqlalchemy import text
 
-    from workers.app import app
+    from workers.app import BROKER_URL, app
     from workers.models import Session
 
     with Session() as session:
         if session.scalar(text("SELECT count(*) FROM catga_outbox")):
             return False
-    queue = app.conf.task_default_queue
-    with app.connection_for_read() as connection:
-        channel = connection.default_channel
-        if connection.transport.driver_type == "nats":
-            # A stream keeps what a worker holds, too.
-            stream = channel.nats.js.stream_info(channel.settings.stream(queue))
-            return not channel.nats.call(stream).state.messages
-        return not channel.client.llen(queue) and not channel.client.hlen("unacked")
+    held = held_by_nats if BROKER_URL.startswith("nats") else held_by_redis
+    return not held(BROKER_URL, app.conf.task_default_queue)
+
+
+def held_by_nats(url: str, queue: str) -> int:
+    """Return how many messages NATS keeps: a stream has those that a worker holds, too."""
+    import nats
+
+    from catga_tasks.brokers.nats_settings import NatsSettings
+
+    async def ask() -> int:
+        client = await nats.connect(url)
+        try:
+            return int((await client.jetstream().stream_info(NatsSettings().stream(queue))).state.messages)
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
+
+
+def held_by_redis(url: str, queue: str) -> int:
+    """Return how many messages Redis keeps, those that a worker holds among them."""
+    import redis
+
+    with redis.Redis.from_url(url) as client:
+        return int(client.llen(queue)) + int(client.hlen("unacked"))
+
+
+def working_relay() -> int | None:
+    """Return the process id of the relay that has SQLite's lease; elsewhere all work, and nobody has it."""
+    from sqlalchemy import text
+
+    from workers.models import Session
+
+    with Session() as session:
+        owner = session.scalar(text("SELECT owner FROM catga_outbox_lease"))
+    # A relay's id is its host's name, its process id and a random end.
+    return int(owner.split("-")[-2]) if owner else None
 
 
 def watch(load: Load, staff: Staff, orders: int, progress: Progress) -> tuple[Audit, bool]:
@@ -142,7 +179,7 @@ def watch(load: Load, staff: Staff, orders: int, progress: Progress) -> tuple[Au
         staff.check()
         if kills and count.delivered >= expected * kills[0][1]:
             kind, _ = kills.pop(0)
-            staff.replace(kind)
+            staff.replace(kind, working_relay() if kind == "relay" else None)
             progress.console.print(f"SIGKILL to a {kind} after {count.delivered} deliveries; another one starts.")
         if not placed or not drained():
             quiet_since = None
@@ -156,9 +193,9 @@ def watch(load: Load, staff: Staff, orders: int, progress: Progress) -> tuple[Au
         time.sleep(0.2)
 
 
-def report(count: Audit, staff: Staff, seconds: float) -> Table:
+def report(count: Audit, staff: Staff, seconds: float, *, database: str) -> Table:
     """Return the table of the counts."""
-    table = Table("What", "Count", title="The audit, counted by the database")
+    table = Table("What", "Count", title=f"The audit, counted in {NAMES[database]}")
     table.columns[1].justify = "right"
     rows = {
         "Orders committed": count.orders,
@@ -176,6 +213,20 @@ def report(count: Audit, staff: Staff, seconds: float) -> Table:
     return table
 
 
+def start_servers(database: str, broker: str, directory: Path, stack: contextlib.ExitStack) -> None:
+    """Start what the shop needs, and put the addresses where it looks for them."""
+    kind = DATABASES[database]
+    store, queues = kind() if kind else None, BROKERS[broker]()
+    servers: list[Server] = [queues] if store is None else [store, queues]
+    for server in servers:
+        stack.callback(server.stop)
+    for server in servers:
+        server.start()
+        Interrupted.check()
+    url = store.url if store else f"sqlite:///{directory / 'shop.db'}"
+    os.environ.update(TIMEOUTS, SHOP_DATABASE_URL=url, SHOP_BROKER_URL=queues.url)
+
+
 def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     """Run the demo; the stack takes what has to be cleaned up."""
     warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")  # PostgreSQL's wheel asks for it in vain
@@ -183,20 +234,8 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     started = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="catga-demo-"))
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    console.print(f"A shop on {NAMES[options.database]} and {NAMES[options.broker]} ...")
-    broker = NatsServer() if options.broker == "nats" else RedisServer()
-    servers: list[Server] = [broker]
-    database = f"sqlite:///{directory / 'shop.db'}"
-    if options.database == "postgresql":
-        postgres = PostgresServer()
-        servers.append(postgres)
-        database = postgres.url
-    for server in servers:
-        stack.callback(server.stop)
-    for server in servers:
-        server.start()
-        Interrupted.check()
-    os.environ.update(SHOP_DATABASE_URL=database, SHOP_BROKER_URL=broker.url, SHOP_DEAD_AFTER=DEAD_AFTER)
+    console.print(f"A shop on {NAMES[options.database]} and {NAMES[options.broker]}: two workers and two relays.")
+    start_servers(options.database, options.broker, directory, stack)
     # The application reads its addresses when it is imported.
     from workers.models import create_tables
 
@@ -224,7 +263,7 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         console.print(staff.logs(), markup=False, highlight=False)
     if not finished:
         console.print(f"Tasks were still under way after {DEADLINE:g} s.")
-    console.print(report(count, staff, time.monotonic() - started))
+    console.print(report(count, staff, time.monotonic() - started, database=options.database))
     print(count.line, flush=True)
     return status
 
@@ -234,8 +273,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m workers.demo")
     parser.add_argument("--orders", type=int, default=2000, help="how many orders are placed (2000)")
     parser.add_argument("--seed", type=int, default=1, help="which of them are rolled back")
-    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite", help="(sqlite)")
-    parser.add_argument("--broker", choices=("nats", "redis"), default="nats", help="(nats)")
+    parser.add_argument("--database", choices=DATABASES, default="sqlite", help="where the shop and its outbox live")
+    parser.add_argument("--broker", choices=BROKERS, default="nats", help="what brings the tasks to the workers")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: Interrupted.signals.append(number))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String, create_engine, event
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from workers.app import DATABASE_URL
@@ -13,16 +12,14 @@ from workers.app import DATABASE_URL
 #: The shop's own engine: a transaction of it takes the tasks along, whichever engine the outbox has.
 engine = create_engine(DATABASE_URL, pool_size=10)
 Session = sessionmaker(engine)
-#: The INSERT that knows ON CONFLICT.
-insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 
+if engine.dialect.name == "sqlite":
 
-@event.listens_for(engine, "connect")
-def _prepare(connection: Any, _record: object) -> None:
-    """SQLite checks foreign keys, waits for its one writer, and lets others read meanwhile, when it is told to."""
-    if engine.dialect.name == "sqlite":
-        for setting in ("foreign_keys = ON", "busy_timeout = 30000", "journal_mode = WAL"):
-            connection.execute(f"PRAGMA {setting}")
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: object) -> None:
+        """Check foreign keys, let readers and the writer not wait for one another, and writers wait their turn."""
+        for pragma in ("foreign_keys = ON", "journal_mode = WAL", "busy_timeout = 30000"):
+            connection.execute(f"PRAGMA {pragma}")
 
 
 class Base(DeclarativeBase):

@@ -46,7 +46,7 @@ def place_or_fail(lots: random.Random) -> bool:
                 place_order(session, order_id, lots.randint(100, 20_000))
                 session.flush()
                 _take_off_the_shelf(order_id)
-            # PostgreSQL itself refuses this one, at COMMIT: its message is in the outbox by then.
+            # The database itself refuses this one, at COMMIT: its message is in the outbox by then.
             voucher = "NO-SUCH" if fate < FAILING else None
             place_order(session, order_id, lots.randint(100, 20_000), voucher)
     except (OutOfStockError, IntegrityError):

@@ -41,11 +41,12 @@ class Staff:
             )  # fmt: skip
         self._running.append((kind, process))
 
-    def replace(self, kind: str) -> None:
-        """SIGKILL the eldest of a kind, with its children, and start another one."""
-        eldest = next(entry for entry in self._running if entry[0] == kind)
-        self._running.remove(eldest)
-        kill(eldest[1])
+    def replace(self, kind: str, pid: int | None = None) -> None:
+        """SIGKILL the one with this process id, else the eldest of a kind, with its children; start another one."""
+        some = [entry for entry in self._running if entry[0] == kind]
+        chosen = next((entry for entry in some if entry[1].pid == pid), some[0])
+        self._running.remove(chosen)
+        kill(chosen[1])
         self.killed[kind] += 1
         self.start(kind)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from workers.app import app
-from workers.models import Delivery, Order, Payment, Receipt, Session, StockMovement, insert
+from workers.models import Delivery, Order, Payment, Receipt, Session, StockMovement, engine
+
+insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 
 
 @app.task

@@ -103,7 +103,13 @@ def test_tasks_run_and_nothing_is_left(developer, pool):
     found = family(process)
     developer.enqueue(0, 20)
     wait_until(lambda: developer.charged() == list(range(20)))
-    for line in ("nats   ready: nats://127.0.0.1:", "relay  ready", "worker ready", "at revision "):
+    for line in (
+        "nats    ready: nats://127.0.0.1:",
+        "migrate ready",
+        "relay   ready\n",
+        "worker  ready\n",
+        "at revision ",
+    ):
         assert line in process.log()
     end(process, found)
     assert (developer.folder / "here" / "nats" / "jetstream").is_dir()
@@ -145,7 +151,8 @@ def test_a_part_that_dies_ends_everything(developer, victim):
     chosen = next(each for each in found if words[victim] in each.cmdline() and each.ppid() == process.pid)
     chosen.kill()
     assert process.wait_exit() == 128 + signal.SIGKILL, process.log()
-    assert f"{victim} ended with status 137" in process.log()
+    assert f"dev     {victim} was killed by SIGKILL: everything ends, with status 137\n" in process.log()
+    assert "Traceback" not in process.log()
     wait_until(lambda: gone(found), deadline=5)
 
 
@@ -183,10 +190,11 @@ def test_the_port_of_the_application(developer):
     settings = re.sub(r"broker_transport_options=.*\)", 'broker_transport_options={"replicas": 3, "ack_wait": 4})', APP)
     path.write_text(settings.replace("redis://127.0.0.1:1/0", f"nats://somebody:geheim@localhost:{port}"))
     process = developer.start()
-    assert f"nats   ready: nats://127.0.0.1:{port}," in process.log()
+    assert f"nats    ready: nats://127.0.0.1:{port}," in process.log()
     printed = developer.run(sys.executable, "-m", "celery", "-A", "shop", "outbox", "dev", "--data", "two", "--pool",
                             "nonsense", "--no-flower", status=2)  # fmt: skip
-    assert f"127.0.0.1:{port}" not in printed  # taken: another one
+    assert f"127.0.0.1:{port}" not in printed
+    assert f" ({port} is taken), data in two\n" in printed
     developer.enqueue(0, 3)
     wait_until(lambda: developer.charged() == [0, 1, 2])
     end(process, family(process))

@@ -27,6 +27,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\S[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 REDIS, POSTGRES = "redis://127.0.0.1:6379/0", "postgresql+psycopg://127.0.0.1/shop"
 NATS = "nats://127.0.0.1:4222"
+DEV = "outbox dev"
 
 
 class Reader:
@@ -94,9 +95,12 @@ def own_nats():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_examples_run(page, tmp_path, redis_url, postgres_url, request):
     text = page.read_text()
-    nats = request.getfixturevalue("own_nats") if NATS in text else NATS
-    flower = f"outbox dev --flower-port {free_port()} &"
-    reader = Reader(tmp_path, {REDIS: redis_url, POSTGRES: postgres_url, NATS: nats, "outbox dev &": flower})
+    addresses = {REDIS: redis_url, POSTGRES: postgres_url}
+    if any(DEV in content for _, content in BLOCK.findall(text)):  # it brings a server
+        addresses |= {NATS: f"nats://127.0.0.1:{free_port()}", DEV: f"{DEV} --flower-port {free_port()}"}
+    elif NATS in text:
+        addresses[NATS] = request.getfixturevalue("own_nats")
+    reader = Reader(tmp_path, addresses)
     try:
         for kind, content in BLOCK.findall(text):
             reader.do(kind.strip(), content)

@@ -483,3 +483,23 @@ def test_16_without_broker_and_result_backend_it_returns_at_once(engine):
     charge.delay_many([(9,), (10,)])
     assert result.id
     assert len(stored(engine)) == 7
+
+
+def test_16_a_locked_sqlite_file_is_waited_for_and_named(sqlite_url):
+    """The usual mistake with one writer: a task is enqueued beside the transaction that writes, not in it."""
+    patient = Catga("shop", outbox=sqlite_url, set_as_current=False).outbox.engine
+    metadata.create_all(patient)
+    with patient.connect() as connection:
+        assert connection.execute(text("PRAGMA busy_timeout")).scalar_one() == 20_000
+    migrate.upgrade(patient)
+    app = Catga("shop", broker="redis://127.0.0.1:1/0", outbox=f"{sqlite_url}?timeout=0.1", set_as_current=False)
+    with patient.begin() as connection:
+        connection.execute(insert(orders).values(id=1))
+        with pytest.raises(OutboxUnavailable, match=r"locked by another transaction.*app\.outbox\.join"):
+            app.send_task("charge", args=(1,))
+        with app.outbox.join(connection):
+            app.send_task("charge", args=(1,))
+    with patient.connect() as connection:
+        assert connection.scalar(select(func.count()).select_from(outbox)) == 1
+    for engine in (patient, app.outbox.engine):
+        engine.dispose()
