@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from kombu.exceptions import ChannelError
 from kombu.log import get_logger
 from kombu.transport import virtual
+from kombu.utils.compat import detect_environment
 from kombu.utils.url import maybe_sanitize_url
 
 from catga_tasks.brokers.bindings import Bindings
@@ -37,6 +38,7 @@ from catga_tasks.brokers.jetstream import Connection
 from catga_tasks.brokers.nats_channel import Channel
 from catga_tasks.brokers.nats_errors import Unreachable
 from catga_tasks.brokers.nats_settings import NatsSettings
+from catga_tasks.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from catga_tasks.brokers.taps import Tap
@@ -62,6 +64,11 @@ class Transport(virtual.Transport):
     )
 
     def __init__(self, client: Any, **options: Any) -> None:
+        if detect_environment() != "default":
+            # Patched, its loop thread would be a greenlet, and stand still whenever a task computes.
+            raise ConfigurationError(
+                f"nats:// doesn't work with {detect_environment()}: start the worker with -P prefork, threads or solo."
+            )
         self.settings = NatsSettings.read(client.transport_options)
         super().__init__(client, **options)
         self.taps: dict[str, Tap] = {}

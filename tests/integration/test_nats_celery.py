@@ -257,5 +257,13 @@ def test_35_inside_a_running_loop(shop):
     wait_until(lambda: len(set(shop.said())) == 15, deadline=20)
 
 
+def test_25_a_pool_of_greenlets_is_refused(shop):
+    """In one line that names the pools that work."""
+    worker = shop.run("worker", "-P", "gevent")
+    assert worker.wait_exit(30) != 0
+    assert "nats:// doesn't work with gevent: start the worker with -P prefork, threads or solo." in worker.log()
+    assert "Traceback" not in worker.log()
+
+
 def note(word):
     return word
