@@ -152,6 +152,10 @@ class Connection:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def loop_time(self) -> float:
+        """Return the loop's clock, in seconds."""
+        return self._loop.time()
+
     def later(self, seconds: float, work: Callable[[], object]) -> None:
         """Call the function after so many seconds. From the loop thread."""
         self._loop.call_later(seconds, work)
@@ -354,8 +358,13 @@ class Connection:
                 break
             await asyncio.sleep(pause)
             pause = min(0.5, pause * 2 or 0.05)
-            for number in again:
-                self.streams.known.discard(entries[number][0])
+            for number in list(again):
+                queue = entries[number][0]
+                self.streams.known.discard(queue)
+                if queue in self.streams.expiring:
+                    # As AMQP does with what nobody's queue takes: who would have read it is gone.
+                    found[number] = None
+                    again.remove(number)
             for number, error in zip(again, await self._publish([entries[n] for n in again], deadline), strict=True):
                 found[number] = error
         return found

@@ -7,7 +7,7 @@ Features
 * Supports Topic: Yes
 * Supports Fanout: Yes
 * Supports Priority: Yes
-* Supports TTL: No
+* Supports TTL: Yes (of queues)
 
 Connection String
 =================
@@ -107,7 +107,7 @@ class Transport(virtual.Transport):
         if queue in self.nats.streams.known or self._stored.get(queue, 0.0) > now:
             return queue in self.nats.streams.known
         if self.nats.call(self.nats.streams.exists(queue)):
-            self.nats.call(self.nats.streams.ensure(queue))
+            self.nats.call(self.nats.streams.ensure(queue))  # unless it expires, and has settings of its own
             return True
         self._stored[queue] = now + 1.0
         return False

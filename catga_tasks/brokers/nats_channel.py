@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kombu.log import get_logger
 from kombu.transport import virtual
+from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 logger = get_logger("catga_tasks.nats")
 
+#: A queue that isn't durable is stored all the same if it may wait this long for its reader (x-expires): replies of
+#: `rpc://`. Celery's remote control and events expire within a minute.
+KEPT_MILLISECONDS = 300_000
 #: Messages that are asked for when the prefetch has no limit.
 WINDOW = 256
 
@@ -72,17 +76,26 @@ class Channel(virtual.Channel):
         self._stalled = False
         self._lock = threading.Lock()
         self._without_ack: set[str] = set()
+        self._auto_delete: set[str] = set()
         self._deliveries: dict[str, tuple[str, int]] = {}
         self._numbers = itertools.count(1)
 
     # Queues
 
+    def prepare_queue_arguments(self, arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
+        """Return a queue's arguments by AMQP's names: kombu gives some by its own."""
+        return dict(to_rabbitmq_queue_arguments(arguments, **options))
+
     def _new_queue(self, queue: str, *, durable: bool = True, exclusive: bool = False, auto_delete: bool = False,
                    arguments: dict[str, Any] | None = None, **_options: Any) -> None:  # fmt: skip
-        stored = durable and not exclusive and (not auto_delete or "x-expires" in (arguments or {}))
-        if stored:
+        arguments = arguments or {}
+        expires = arguments.get("x-expires", 0)
+        kept = expires >= KEPT_MILLISECONDS or (durable and (not auto_delete or expires))
+        if kept and not exclusive:
             if queue not in self.connection.taps:
-                self.nats.call(self.nats.streams.ensure(queue))
+                self.nats.call(self.nats.streams.ensure(queue, arguments, durable=durable))
+                if auto_delete:
+                    self._auto_delete.add(queue)
             return
         if queue not in self.connection.taps:
             self.connection.taps[queue] = Tap(self.nats)
@@ -218,6 +231,9 @@ class Channel(virtual.Channel):
         self._groups = None
         for pull in self._pulls.pop(queue, []):
             self.nats.call(pull.stop())
+        if queue in self._auto_delete:
+            self._auto_delete.discard(queue)
+            self.nats.call(self.nats.streams.delete(queue))
 
     def basic_qos(self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
         """Change the prefetch, also while running."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+import datetime as dt
+from typing import TYPE_CHECKING, Any
 
 from nats.js import api
 from nats.js import errors as js_errors
@@ -12,10 +13,16 @@ from nats.js import errors as js_errors
 from catga_tasks.brokers.nats_errors import StreamConflict
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from catga_tasks.brokers.jetstream import Connection
 
 #: Requests for messages that may wait on one consumer. It can't be changed later.
 MAX_WAITING = 4096
+#: A stream's note of how long its queue may be unused, in milliseconds.
+EXPIRES = "catga-expires"
+#: Expired queues are looked for no more often than this, in seconds.
+SWEEP_SECONDS = 60.0
 #: The server's code for a stream of that name with another configuration.
 _STREAM_EXISTS = 10058
 
@@ -27,23 +34,37 @@ class Streams:
         self._connection = connection
         #: Queues whose stream is there, and as the settings want it.
         self.known: set[str] = set()
+        #: Those that expire: who publishes to one that is gone doesn't make it again.
+        self.expiring: set[str] = set()
+        self._sweep_due = 0.0
 
-    async def ensure(self, queue: str) -> None:
-        """Make the queue's stream and its consumers, or bring them to the settings."""
+    async def ensure(self, queue: str, arguments: Mapping[str, Any] | None = None, *, durable: bool = True) -> None:
+        """Make the queue's stream and its consumers, or bring them to the settings.
+
+        `arguments` are the queue's own, by AMQP's names: x-message-ttl and x-expires in milliseconds, x-max-length, and
+        x-max-length-bytes.
+        """
         if queue in self.known:
             return
-        settings = self._connection.settings
+        settings, arguments = self._connection.settings, arguments or {}
+        expires = arguments.get("x-expires")
+        ages = [settings.max_age, *(limit / 1000 for limit in (arguments.get("x-message-ttl"), expires) if limit)]
+        max_age = min((age for age in ages if age), default=None)
+        if expires:
+            self.expiring.add(queue)
+            await self.sweep()
         wanted = api.StreamConfig(
             name=settings.stream(queue),
             subjects=[settings.subject(queue)],
             retention=api.RetentionPolicy.WORK_QUEUE,
-            storage=api.StorageType(settings.storage),
+            storage=api.StorageType(settings.storage if durable else "memory"),
             num_replicas=settings.replicas,
             discard=api.DiscardPolicy(settings.discard),
-            duplicate_window=min(settings.duplicate_window, settings.max_age or settings.duplicate_window),
-            max_age=settings.max_age or 0,
-            max_msgs=settings.max_msgs or -1,
-            max_bytes=settings.max_bytes or -1,
+            duplicate_window=min(settings.duplicate_window, max_age or settings.duplicate_window),
+            max_age=max_age or 0,
+            max_msgs=arguments.get("x-max-length") or settings.max_msgs or -1,
+            max_bytes=arguments.get("x-max-length-bytes") or settings.max_bytes or -1,
+            metadata={EXPIRES: str(expires)} if expires else None,
             max_msg_size=settings.max_msg_size or -1,
             compression=api.StoreCompression.S2 if settings.compression else api.StoreCompression.NONE,
         )
@@ -91,10 +112,38 @@ class Streams:
         if queue in self.known:
             return True
         try:
-            await self._connection.js.stream_info(self._connection.settings.stream(queue))
+            found = await self._connection.js.stream_info(self._connection.settings.stream(queue))
         except js_errors.NotFoundError:
             return False
+        if EXPIRES in (found.config.metadata or {}):
+            self.expiring.add(queue)
+            self.known.add(queue)
         return True
+
+    async def sweep(self) -> None:
+        """Delete expired queues: JetStream keeps streams for ever, so who declares one of the kind looks after all."""
+        if self._connection.loop_time() < self._sweep_due:
+            return
+        self._sweep_due = self._connection.loop_time() + SWEEP_SECONDS
+        js, prefix = self._connection.js, f"{self._connection.settings.stream_prefix}-"
+        found: list[api.StreamInfo] = []
+        while page := await js.streams_info(len(found)):
+            found += page
+        for stream in found:
+            name, expires = stream.config.name or "", (stream.config.metadata or {}).get(EXPIRES)
+            if expires and name.startswith(prefix) and await self._unused(stream) > int(expires) / 1000:
+                with contextlib.suppress(js_errors.NotFoundError):
+                    await js.delete_stream(name)
+
+    async def _unused(self, stream: api.StreamInfo) -> float:
+        """Return for how many seconds nobody has published to a queue or waited for its messages."""
+        consumers = await self._connection.js.consumers_info(stream.config.name)
+        # A message goes by itself after the same time: one that is there is younger.
+        if stream.state.messages or any(consumer.num_waiting for consumer in consumers):
+            return 0.0
+        moments = [stream.created, *(each.delivered.last_active for each in consumers if each.delivered)]
+        known = [moment for moment in moments if moment is not None]
+        return (dt.datetime.now(dt.UTC) - max(known)).total_seconds() if known else 0.0
 
     async def counts(self, queue: str) -> tuple[int, int]:
         """Return how many messages are ready, and how many workers hold."""

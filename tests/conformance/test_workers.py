@@ -146,7 +146,6 @@ def test_34_a_fork_leaves_the_parents_consumer_alone(broker):
         assert came(connection, messages, 3)[2] == "after"
 
 
-@pytest.mark.defect("nats", "the reply queue that Celery declares on the producer's connection stays, with its replies")
 def test_38_rpc_leaves_nothing_behind(start, worker, tmp_path):
     """Neither queues of the replies nor subscriptions and connections."""
     broker = start()
@@ -167,7 +166,6 @@ def test_38_rpc_leaves_nothing_behind(start, worker, tmp_path):
     wait_until(lambda: broker.clients() <= clients, what="no more clients", deadline=5)
 
 
-@pytest.mark.defect("nats", "a reply that comes before somebody asks for a result is lost: its queue isn't stored")
 def test_38_a_result_is_there_when_it_is_asked_for_late(broker, app, worker):
     process = worker(broker, "threads")
     result = app.send_task("add", (1, 2), queue=QUEUE)
