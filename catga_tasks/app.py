@@ -119,6 +119,18 @@ class Catga(Celery):
     def _idle_connection(self) -> Connection:
         return self.connection_to()
 
+    def _connection(self, url: Any, **options: Any) -> Connection:
+        try:
+            return super()._connection(url, **options)
+        except ModuleNotFoundError as error:
+            if error.name not in ("nats", "redis"):
+                raise
+            message = (
+                f"broker_url: the client {error.name!r} is not installed: "
+                f"`pip install 'catga-tasks[{error.name}]'` brings it."
+            )
+            raise ConfigurationError(message) from None
+
     @contextmanager
     def producer_or_acquire(self, producer: Any = None) -> Iterator[Any]:
         """Yield the given producer or the outbox's: no connection to the broker is taken for a task call."""

