@@ -119,18 +119,6 @@ class Catga(Celery):
     def _idle_connection(self) -> Connection:
         return self.connection_to()
 
-    def _connection(self, url: Any, **options: Any) -> Connection:
-        try:
-            return super()._connection(url, **options)
-        except ModuleNotFoundError as error:
-            if error.name not in ("nats", "redis"):
-                raise
-            message = (
-                f"broker_url: the client {error.name!r} is not installed: "
-                f"`pip install 'catga-tasks[{error.name}]'` brings it."
-            )
-            raise ConfigurationError(message) from None
-
     @contextmanager
     def producer_or_acquire(self, producer: Any = None) -> Iterator[Any]:
         """Yield the given producer or the outbox's: no connection to the broker is taken for a task call."""
@@ -223,14 +211,23 @@ class Catga(Celery):
 
     def _connection(self, url: Any, *args: Any, **options: Any) -> Connection:
         """Connect to a URL, or to a broker of `outbox_brokers` by its name, with its own transport options."""
-        if not isinstance(url, str) or url not in self.catga_settings.outbox_brokers:
-            return super()._connection(url, *args, **options)
-        url, transport_options = self.catga_settings.broker(url)
-        transport_options.update(options.get("transport_options") or {})
-        timeout = self.either("broker_connection_timeout", options.get("connect_timeout"))
-        return self.amqp.Connection(
-            url, heartbeat=options.get("heartbeat"), transport_options=transport_options, connect_timeout=timeout
-        )
+        try:
+            if not isinstance(url, str) or url not in self.catga_settings.outbox_brokers:
+                return super()._connection(url, *args, **options)
+            url, transport_options = self.catga_settings.broker(url)
+            transport_options.update(options.get("transport_options") or {})
+            timeout = self.either("broker_connection_timeout", options.get("connect_timeout"))
+            return self.amqp.Connection(
+                url, heartbeat=options.get("heartbeat"), transport_options=transport_options, connect_timeout=timeout
+            )
+        except ModuleNotFoundError as error:
+            if error.name not in ("nats", "redis"):
+                raise
+            message = (
+                f"broker_url: the client {error.name!r} is not installed: "
+                f"`pip install 'catga-tasks[{error.name}]'` brings it."
+            )
+            raise ConfigurationError(message) from None
 
     def direct_producer(self, broker: str) -> Any:
         """Return a context manager: a producer for messages that go straight to the broker."""
