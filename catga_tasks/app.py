@@ -221,11 +221,12 @@ class Catga(Celery):
                 url, heartbeat=options.get("heartbeat"), transport_options=transport_options, connect_timeout=timeout
             )
         except ModuleNotFoundError as error:
-            if error.name not in ("nats", "redis"):
+            extra = {"nats": "nats", "nkeys": "nats", "redis": "redis"}.get(error.name or "")
+            if extra is None:
                 raise
             message = (
                 f"broker_url: the client {error.name!r} is not installed: "
-                f"`pip install 'catga-tasks[{error.name}]'` brings it."
+                f"`pip install 'catga-tasks[{extra}]'` brings it."
             )
             raise ConfigurationError(message) from None
 
