@@ -24,6 +24,18 @@ def run(bench: Bench, *, quick: bool) -> list[Row]:
                 Queue("bench")(connection.default_channel).declare()
                 return count / seconds(lambda: [producer.publish(BODY, routing_key="bench") for _ in range(count)])
 
+        def batched():
+            with Connection(server.url) as connection:
+                producer = connection.Producer()
+                Queue("batched")(connection.default_channel).declare()
+
+                def publish():
+                    with producer.batch():
+                        for _ in range(count):
+                            producer.publish(BODY, routing_key="batched")
+
+                return count / seconds(publish)
+
         def consume(url, transport=None):
             with Connection(url, transport=transport) as connection:
                 left = count
@@ -44,10 +56,11 @@ def run(bench: Bench, *, quick: bool) -> list[Row]:
             app.tasks["charge"].delay_many([(number,) for number in range(many)])
             return many / seconds(app.relay().run_once)
 
-        one, other, taken, theirs, rows = rounds(
+        one, other, together, taken, theirs, rows = rounds(
             1 if quick else 5,
             lambda: publish(server.url),
             lambda: publish(bench.broker, KOMBU),
+            batched,
             lambda: consume(server.url),
             lambda: consume(bench.broker, KOMBU),
             relay,
@@ -56,6 +69,8 @@ def run(bench: Bench, *, quick: bool) -> list[Row]:
     return [
         Row("publish over NATS, confirmed one by one; kombu's Redis", f"{one:,.0f}", f"{other:,.0f}",
             f"{one / other:.2f}x", "≥ 0.5x", one / other >= 0.5),
+        Row("publish over NATS in kombu's batches; one by one", f"{together:,.0f}", f"{one:,.0f}",
+            f"{together / one:.1f}x", "≥ 5x", together / one >= 5),
         Row("consume and acknowledge over NATS; kombu's Redis", f"{taken:,.0f}", f"{theirs:,.0f}",
             f"{taken / theirs:.1f}x", "≥ 5x", taken / theirs >= 5),
         Row("relay to NATS, rows a second; confirmed one by one", f"{rows:,.0f}", f"{one:,.0f}", f"{rows / one:.1f}x",

@@ -60,7 +60,7 @@ class Transport(virtual.Transport):
     connection_errors = (*virtual.Transport.connection_errors, Unreachable)
     channel_errors = (*virtual.Transport.channel_errors, ChannelError)
     implements = virtual.Transport.implements.extend(
-        asynchronous=True, exchange_type=frozenset(["direct", "topic", "fanout"])
+        asynchronous=True, batch_publish=True, exchange_type=frozenset(["direct", "topic", "fanout"])
     )
 
     def __init__(self, client: Any, **options: Any) -> None:

@@ -14,6 +14,7 @@ from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 
+from catga_tasks.brokers.batches import PublishBatch
 from catga_tasks.brokers.bindings import subjects_of, wanted, wire_subject
 from catga_tasks.brokers.pulling import Pull, times_delivered
 from catga_tasks.brokers.taps import Tap
@@ -65,6 +66,7 @@ class Channel(virtual.Channel):
 
     QoS = QoS
     supports_fanout = True
+    supports_batch_publish = True
     do_restore = False
 
     def __init__(self, connection: Transport, **options: Any) -> None:
@@ -161,21 +163,31 @@ class Channel(virtual.Channel):
 
     # Publishing
 
-    def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **options: Any) -> None:
+    def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **_options: Any) -> None:
         """Publish to the queue, or to whatever is bound to the exchange; return when it is stored."""
-        self._inplace_augment_message(message, exchange, routing_key)
-        if not exchange:
-            self._put(routing_key, message, **options)
-            return
-        queues = self._routed(exchange, routing_key)
-        if queues:
-            self.publish_many([(queue, message) for queue in queues])
-        self._broadcast(wire_subject(self.settings, exchange, routing_key), message)
+        entries, broadcasts = self.routes(message, exchange, routing_key)
+        if entries:
+            self.send(entries, raising=True)
+        for subject, body in broadcasts:
+            self.broadcast(subject, body)
 
-    def publish_many(self, messages: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Publish to stored queues in one go; raise the first error."""
-        entries = [(queue, self._step(message), dumps(message).encode(), uuid()) for queue, message in messages]
-        self.send(entries, raising=True)
+    def create_publish_batch(self, max_size: int) -> PublishBatch:
+        """Return a batch, for kombu's `Producer.batch`."""
+        return PublishBatch(self, max_size)
+
+    def routes(
+        self, message: dict[str, Any], exchange: str, routing_key: str
+    ) -> tuple[list[tuple[str, int, bytes, str]], list[tuple[str, bytes]]]:
+        """Return where a message goes: (queue, step, body, id) for stored queues, (subject, body) for passing ones."""
+        self._inplace_augment_message(message, exchange, routing_key)
+        stored = self._routed(exchange, routing_key) if exchange else []
+        if not exchange and routing_key not in self.connection.taps and self.connection.stored(routing_key):
+            stored = [routing_key]
+        body = dumps(message).encode()
+        step = self._step(message)
+        entries = [(queue, step, body, uuid()) for queue in stored]
+        passing = bool(exchange) or not stored
+        return entries, [(wire_subject(self.settings, exchange, routing_key), body)] if passing else []
 
     def send(self, entries: Sequence[tuple[str, int, bytes, str]], *, raising: bool = False) -> list[Exception | None]:
         """Publish (queue, step, body, id) each; return each one's error or None."""
@@ -188,16 +200,11 @@ class Channel(virtual.Channel):
         return found
 
     def _put(self, queue: str, message: dict[str, Any], **_options: Any) -> None:
-        if queue in self.connection.taps or not self.connection.stored(queue):
-            self._broadcast(wire_subject(self.settings, "", queue), message)
-            return
-        self.publish_many([(queue, message)])
+        self.basic_publish(message, "", queue)
 
-    def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **_options: Any) -> None:
-        self._broadcast(wire_subject(self.settings, exchange, routing_key), message)
-
-    def _broadcast(self, subject: str, message: dict[str, Any]) -> None:
-        self.nats.call(self.nats.nats.publish(subject, dumps(message).encode()))
+    def broadcast(self, subject: str, body: bytes) -> None:
+        """Publish to whoever listens now."""
+        self.nats.call(self.nats.nats.publish(subject, body))
 
     def _routed(self, exchange: str, routing_key: str) -> list[str]:
         bound = self.connection.bindings.of(exchange)
