@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("catga_tasks.nats")
 
-#: Acknowledgements are gathered for this long, in seconds: waking the loop thread costs as much as a message does.
+#: Acknowledgements that follow one another are gathered for this long, in seconds: waking the loop thread costs as much as a message does.
 GATHER_SECONDS = 0.001
 
 
@@ -92,6 +93,7 @@ class Connection:
         self._signalled = False
         self._posted: deque[tuple[str, bytes]] = deque()
         self._posting = False
+        self._posted_at = 0.0
         self._sending = False
         self._asks: deque[tuple[Pull, int]] = deque()
         self._held: dict[str, None] = {}
@@ -137,8 +139,9 @@ class Connection:
         self._posted.append((reply, verb))
         if not self._posting:
             self._posting = True
+            soon = time.monotonic() - self._posted_at < GATHER_SECONDS
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self.later, GATHER_SECONDS, self._post)
+                self._loop.call_soon_threadsafe(self.later, GATHER_SECONDS if soon else 0.0, self._post)
 
     def ask(self, asks: Sequence[tuple[Pull, int]]) -> None:
         """Send requests for so many messages each, at once."""
@@ -281,6 +284,7 @@ class Connection:
 
     def _post(self) -> None:
         self._posting = False
+        self._posted_at = time.monotonic()
         if not self._sending:
             self._sending = True
             self.background(self._send_posted())

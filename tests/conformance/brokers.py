@@ -72,6 +72,10 @@ class Broker:
         """Return the names of this test's keys or streams on the server."""
         raise NotImplementedError
 
+    def kept(self, queue: str) -> int:
+        """Return how many messages of a queue aren't acknowledged, waiting ones and those in hand."""
+        raise NotImplementedError
+
     def put(self, queue: str, body: bytes, identity: str) -> None:
         """Put bytes into a queue that is there, under a message's id where there are such."""
         raise NotImplementedError
@@ -149,6 +153,10 @@ class RedisBroker(Broker):
         with Redis.from_url(self.url, decode_responses=True) as client:
             return sorted(client.scan_iter(f"{self.own}:*"))
 
+    def kept(self, queue: str) -> int:
+        with Redis.from_url(self.url) as client:
+            return int(client.llen(f"{self.own}:{queue}")) + int(client.hlen(f"{self.own}:unacked"))
+
     def put(self, queue: str, body: bytes, identity: str) -> None:
         with Redis.from_url(self.url) as client:
             client.lpush(f"{self.own}:{queue}", body)
@@ -209,6 +217,11 @@ class NatsBroker(Broker):
             nats = connection.default_channel.nats
             found = nats.call(nats.js.streams_info())
         return sorted(info.config.name for info in found if self.own in info.config.name)
+
+    def kept(self, queue: str) -> int:
+        with Connection(self.url, transport_options=self.options) as connection:
+            channel = connection.default_channel
+            return int(channel.counts(queue)["messages"])
 
     def put(self, queue: str, body: bytes, identity: str) -> None:
         with Connection(self.url, transport_options=self.options) as connection:

@@ -249,6 +249,7 @@ def test_26_a_restart_in_mid_acknowledgement(start):
     errors = connection.recoverable_connection_errors
     for message in messages[:4]:
         message.ack()
+    wait_until(lambda: broker.kept("q") == 6, what="four acknowledgements at the server")
     broker.server.kill()
     for message in messages[4:7]:
         with contextlib.suppress(*errors):
