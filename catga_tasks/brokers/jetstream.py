@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("catga_tasks.nats")
 
-#: Acknowledgements that follow one another are gathered for this long, in seconds: waking the loop thread costs as much as a message does.
+#: Acknowledgements that follow one another are gathered for this long, in seconds: waking the loop thread costs as much
+#: as a message does.
 GATHER_SECONDS = 0.001
 
 
