@@ -257,7 +257,7 @@ class Channel(virtual.Channel):
             chunk = max(1, (self.qos.prefetch_count or WINDOW) // 2)
             asks = [
                 (pull, missing)
-                for pulls in self._pulls.values()
+                for pulls in list(self._pulls.values())
                 for pull in pulls
                 if (missing := pull.missing(room, chunk))
             ]
