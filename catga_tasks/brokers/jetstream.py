@@ -107,7 +107,8 @@ class Connection:
         self._grace: asyncio.TimerHandle | None = None
         self._first_error: asyncio.Future[None] | None = None
         self._closing = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._endless: list[asyncio.Task[None]] = []
+        self._under_way: set[asyncio.Task[None]] = set()
         self._tries = 0
 
     # Any thread
@@ -152,9 +153,13 @@ class Connection:
 
     def background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run the coroutine on the loop thread for as long as the connection lives. From the loop thread."""
+        self._endless.append(asyncio.ensure_future(work))
+
+    def finish(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run the coroutine on the loop thread; `close` waits for its end. From the loop thread."""
         task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
 
     def loop_time(self) -> float:
         """Return the loop's clock, in seconds."""
@@ -288,7 +293,7 @@ class Connection:
         self._posted_at = time.monotonic()
         if not self._sending:
             self._sending = True
-            self.background(self._send_posted())
+            self.finish(self._send_posted())
 
     async def _send_posted(self) -> None:
         try:
@@ -331,17 +336,20 @@ class Connection:
                 pull.check()
 
     async def _close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
         if self._grace is not None:
             self._grace.cancel()
         if self.nats.is_connected:
             with contextlib.suppress(errors.Error, asyncio.TimeoutError):
+                if self._under_way:
+                    # Acknowledgements and dead letters.
+                    await asyncio.wait(self._under_way, timeout=1)
                 await asyncio.gather(*(pull.stop() for pull in list(self.pulls)))
                 await self._send_settled()
                 for reply in list(self._held):
                     await self.nats.publish(reply, b"-NAK")
                 await self.nats.flush(timeout=2)
+        for task in (*self._endless, *self._under_way):
+            task.cancel()
         with contextlib.suppress(Exception):
             await self.nats.close()
 

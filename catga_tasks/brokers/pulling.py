@@ -119,7 +119,7 @@ class Pull(Buffer):
         limit = connection.settings.max_deliver
         if limit is not None and times_delivered(msg.reply) > limit:
             reason = f"delivered {limit} times (max_deliver) and never acknowledged"
-            connection.background(connection.bury(self._queue, msg, reason))
+            connection.finish(connection.bury(self._queue, msg, reason))
             connection.signal()
             return
         connection.hold(msg)

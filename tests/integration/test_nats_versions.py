@@ -10,6 +10,7 @@ from kombu.exceptions import ChannelError
 
 from catga_tasks import Catga
 from tests.processes import ROOT
+from tests.waiting import wait_until
 from workers.servers import NatsServer
 
 #: The last release of each line that changed what JetStream can do.
@@ -36,9 +37,8 @@ def connection(old_server):
 
 
 def take(connection, queue):
-    message = connection.default_channel.basic_get(queue)
-    assert message is not None
-    return message
+    """Take a message: it is at hand a moment after its confirmation."""
+    return wait_until(lambda: connection.default_channel.basic_get(queue), what="a message")
 
 
 def test_41_messages(connection):
@@ -47,7 +47,7 @@ def test_41_messages(connection):
     Queue("q")(channel).declare()
     for body, priority in (("later", 9), ("first", 0), ("second", 3)):
         producer.publish(body, routing_key="q", priority=priority)
-    assert channel._size("q") == 3
+    wait_until(lambda: channel._size("q") == 3)
     assert [take(connection, "q").payload for _ in range(3)] == ["first", "second", "later"]
     connection.release()
     message = take(connection, "q")
