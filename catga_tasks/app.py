@@ -199,7 +199,7 @@ class Catga(Celery):
     def _own_broker(self) -> Any:
         """Where calls without `broker` go, also in a worker that was started with `-b` and another's name."""
         given = self.conf.broker_write_url
-        if given not in self.catga_settings.outbox_brokers:
+        if not isinstance(given, str) or given not in self.catga_settings.outbox_brokers:
             return given
         own = self.conf.first("broker_url", "broker_host")
         if not own:

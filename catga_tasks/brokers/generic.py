@@ -38,6 +38,7 @@ class KombuPublisher:
         self._connection: Connection | None = None
         self._producer: Producer | None = None
         self._declared: set[tuple[str, str | None]] = set()
+        self._outages = 0
 
     def publish(self, rows: Sequence[Row]) -> Receipt:
         """Send the rows one by one; see `Publisher`."""
@@ -87,6 +88,7 @@ class KombuPublisher:
         """Return the producer on the open connection, opening it first if need be."""
         if self._producer is None:
             self._connection = self._connect()
+            self._fail_over(self._connection)
             self._connection.ensure_connection(max_retries=0, timeout=self._connection.connect_timeout)
             self._producer = self._connection.Producer(auto_declare=False)
             self._declared.clear()
@@ -127,6 +129,14 @@ class KombuPublisher:
         except Exception as error:
             self.give_up(error)
 
+    def _fail_over(self, connection: Connection) -> None:
+        """Turn to the URL whose turn it is, if the broker has several."""
+        options = connection.transport_options
+        for _ in range(self._outages % max(1, len(connection.alt))):
+            connection.maybe_switch_next()
+            # kombu forgets what wasn't there from the start.
+            connection.transport_options = options
+
     def close(self) -> None:
         """Close the connection, also when it is broken."""
         connection, self._connection, self._producer = self._connection, None, None
@@ -134,8 +144,9 @@ class KombuPublisher:
             connection.release()
 
     def give_up(self, error: Exception) -> NoReturn:
-        """Close the connection and raise `BrokerUnavailable`."""
+        """Close the connection and raise `BrokerUnavailable`; the next one is to the next of several URLs."""
         self.close()
+        self._outages += 1
         message = describe(error)
         raise BrokerUnavailable(message) from error
 

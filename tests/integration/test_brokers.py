@@ -190,6 +190,15 @@ def test_25_a_broker_that_nobody_knows(make, engine, broker, nats_server, caplog
     assert waiting(engine, "mail") == (1, 0)
 
 
+def test_several_urls_of_the_own_broker(make, engine, broker, redis_url, nats_server):
+    """Celery's list of URLs to fall back on."""
+    app = make(nats_server)
+    app.conf.broker_url = ["redis://127.0.0.1:1/0", redis_url]
+    app.tasks["charge"].delay(1)
+    with running(app.relay()):
+        wait_until(lambda: broker.llen("celery") == 1)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
