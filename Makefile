@@ -4,9 +4,6 @@ PYTHON ?= python3
 DATABASE ?= sqlite
 BROKER ?= nats
 BIN := .venv/bin
-# What `make demo` runs on: sqlite or postgresql, nats or redis.
-DATABASE ?= sqlite
-BROKER ?= nats
 READY := .venv/.ready
 
 # NATS servers that the transport is tested against, beside the one of the extra `embedded`.

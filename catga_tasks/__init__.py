@@ -1,6 +1,7 @@
 """Celery, with tasks that commit with your data."""
 
 from catga_tasks.app import Catga
+from catga_tasks.current import current_session
 from catga_tasks.errors import (
     CatgaError,
     ConfigurationError,
@@ -16,4 +17,5 @@ __all__ = [
     "MigrationRequired",
     "OutboxUnavailable",
     "TransactionRequired",
+    "current_session",
 ]

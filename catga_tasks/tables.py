@@ -152,6 +152,34 @@ lease = sa.Table(
     sa.Column("expires_at", UTCDateTime, nullable=False),
 )
 
+#: The deliveries that were seen: what became of each attempt at a task. Its row is the first thing that a delivery
+#: writes in the task's own transaction, so that a duplicate waits for it.
+inbox = sa.Table(
+    "catga_inbox",
+    metadata,
+    sa.Column("task_id", sa.Text, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("task", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("content_type", sa.Text),
+    sa.Column("content_encoding", sa.Text),
+    sa.Column("result", sa.LargeBinary),
+    sa.Column("error", sa.Text),
+    sa.Column("owner", sa.Text),
+    sa.Column("lease_until", UTCDateTime),
+    sa.Column("received_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+    sa.Index("catga_inbox_received_at", "received_at"),
+)
+
+#: What the inbox met, by task: duplicates that it suppressed, and messages too old to tell whether they ran before.
+inbox_counts = sa.Table(
+    "catga_inbox_counts",
+    metadata,
+    sa.Column("task", sa.Text, primary_key=True),
+    sa.Column("suppressed", BigId, nullable=False, server_default="0"),
+    sa.Column("too_old", BigId, nullable=False, server_default="0"),
+)
+
 #: What the two tables of messages have in common, by name.
 MESSAGE_COLUMNS = tuple(column.name for column in _message_columns())
 

@@ -20,7 +20,7 @@ def engine(database_url):
 
 def test_history_builds_what_is_declared(engine):
     """After `migrate`, Alembic finds no difference between the database and the declared tables."""
-    assert migrate.upgrade(engine) == (None, "0002")
+    assert migrate.upgrade(engine) == (None, "0003")
     with engine.connect() as connection:
         options = {"version_table": migrate.VERSION_TABLE, "compare_type": True}
         context = MigrationContext.configure(connection, opts=options)
@@ -30,7 +30,7 @@ def test_history_builds_what_is_declared(engine):
 def test_a_second_run_changes_nothing(engine):
     """`migrate` may run at every deployment."""
     migrate.upgrade(engine)
-    assert migrate.upgrade(engine) == ("0002", "0002")
+    assert migrate.upgrade(engine) == ("0003", "0003")
 
 
 def test_missing_tables_name_the_command(engine):
