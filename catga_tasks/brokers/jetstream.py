@@ -7,12 +7,13 @@ acknowledgement is only posted. What arrives waits in buffers; a file descriptor
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
 import logging
 import os
 import threading
-import time
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from nats.aio.client import Client as NatsClient
 from nkeys import NkeysError
 
 from catga_tasks.brokers.nats_errors import NoTLS, StreamGone, Unreachable, refusal, translated
+from catga_tasks.brokers.pulling import consumer_of
 from catga_tasks.brokers.streams import Streams
 from catga_tasks.errors import CatgaError, ConfigurationError
 
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("catga_tasks.nats")
 
 #: Acknowledgements that follow one another are gathered for this long, in seconds: waking the loop thread costs as much
-#: as a message does.
-GATHER_SECONDS = 0.001
+#: as a message does. The first goes at once.
+GATHER_SECONDS = 0.005
 
 
 class _Thread:
@@ -93,12 +95,12 @@ class Connection:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signalled = False
         self._posted: deque[tuple[str, bytes]] = deque()
-        self._posting = False
-        self._posted_at = 0.0
+        self._soon: dict[Callable[[], object], None] = {}
+        self._gathering = False
         self._sending = False
         self._asks: deque[tuple[Pull, int]] = deque()
         self._held: dict[str, None] = {}
-        self._unconfirmed: dict[str, tuple[str, bytes]] = {}
+        self._unconfirmed: dict[str, list[tuple[str, bytes]]] = {}
         self._awaited: dict[str, tuple[_Batch, int]] = {}
         self._tokens = 0
         self._inbox = ""
@@ -120,6 +122,7 @@ class Connection:
         except BaseException:
             self.close()
             raise
+        _open.add(self)
 
     def call(self, work: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
         """Run the coroutine on the loop thread and return its result; raise kombu's kinds of errors."""
@@ -139,17 +142,24 @@ class Connection:
     def settle(self, reply: str, verb: bytes) -> None:
         """Acknowledge (`+ACK`), give back (`-NAK`) or end (`+TERM`) a delivery; sent again until it is confirmed."""
         self._posted.append((reply, verb))
-        if not self._posting:
-            self._posting = True
-            soon = time.monotonic() - self._posted_at < GATHER_SECONDS
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self.later, GATHER_SECONDS if soon else 0.0, self._post)
+        self._wake()
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Call the function on the loop thread when acknowledgements are sent next."""
+        self._soon[work] = None
+        self._wake()
 
     def ask(self, asks: Sequence[tuple[Pull, int]]) -> None:
         """Send requests for so many messages each, at once."""
         self._asks.extend(asks)
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._post)
+
+    def _wake(self) -> None:
+        if not self._gathering:
+            self._gathering = True
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._gather)
 
     def background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run the coroutine on the loop thread for as long as the connection lives. From the loop thread."""
@@ -188,6 +198,11 @@ class Connection:
             self._signalled = True
             with contextlib.suppress(BlockingIOError, OSError):
                 os.write(self._write, b"x")
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is this process's own, and open."""
+        return not self._closing and self.pid == os.getpid()
 
     def close(self) -> None:
         """Give back what was not settled, and disconnect. A forked child only drops its copy."""
@@ -279,8 +294,8 @@ class Connection:
             self._grace.cancel()
             self._grace = None
         logger.warning("The connection to NATS is back.")
-        for token, (reply, verb) in list(self._unconfirmed.items()):
-            await self.nats.publish(reply, verb, reply=f"{self._inbox}.{token}")
+        for token, settled in list(self._unconfirmed.items()):
+            await self._publish_settled(settled, token)
         for pull in self.pulls:
             pull.reset()
 
@@ -288,9 +303,20 @@ class Connection:
         self.broken = Unreachable(f"NATS was away for more than {self.settings.reconnect_grace:g} s (reconnect_grace).")
         self.signal()
 
+    def _gather(self) -> None:
+        """Send what is posted, and look again after a while without being woken; nothing is lost between the two."""
+        if self._posted or self._soon:
+            while self._soon:
+                self._soon.popitem()[0]()
+            self._post()
+            self.later(GATHER_SECONDS, self._gather)
+            return
+        self._gathering = False
+        if self._posted or self._soon:
+            self._gathering = True
+            self._gather()
+
     def _post(self) -> None:
-        self._posting = False
-        self._posted_at = time.monotonic()
         if not self._sending:
             self._sending = True
             self.finish(self._send_posted())
@@ -307,15 +333,25 @@ class Connection:
             self._post()
 
     async def _send_settled(self) -> None:
+        """Send what is posted. A consumer confirms in the order of arrival: the last of a batch answers for all."""
+        batches: dict[str, list[tuple[str, bytes]]] = {}
         while self._posted:
             reply, verb = self._posted.popleft()
             self._held.pop(reply, None)
+            batches.setdefault(consumer_of(reply), []).append((reply, verb))
+        for settled in batches.values():
             self._tokens += 1
             token = str(self._tokens)
-            self._unconfirmed[token] = (reply, verb)
+            self._unconfirmed[token] = settled
             with contextlib.suppress(errors.Error):
                 # In an outage it goes out again when the connection is back.
-                await self.nats.publish(reply, verb, reply=f"{self._inbox}.{token}")
+                await self._publish_settled(settled, token)
+
+    async def _publish_settled(self, settled: Sequence[tuple[str, bytes]], token: str) -> None:
+        *others, (last, verb) = settled
+        for reply, each in others:
+            await self.nats.publish(reply, each)
+        await self.nats.publish(last, verb, reply=f"{self._inbox}.{token}")
 
     async def _confirmed(self, msg: Msg) -> None:
         token = msg.subject.rpartition(".")[2]
@@ -338,6 +374,14 @@ class Connection:
     async def _close(self) -> None:
         if self._grace is not None:
             self._grace.cancel()
+        await self.give_back()
+        for task in (*self._endless, *self._under_way):
+            task.cancel()
+        with contextlib.suppress(Exception):
+            await self.nats.close()
+
+    async def give_back(self) -> None:
+        """Send the acknowledgements that wait, and give back what is still held."""
         if self.nats.is_connected:
             with contextlib.suppress(errors.Error, asyncio.TimeoutError):
                 if self._under_way:
@@ -348,10 +392,6 @@ class Connection:
                 for reply in list(self._held):
                     await self.nats.publish(reply, b"-NAK")
                 await self.nats.flush(timeout=2)
-        for task in (*self._endless, *self._under_way):
-            task.cancel()
-        with contextlib.suppress(Exception):
-            await self.nats.close()
 
     # Messages
 
@@ -436,6 +476,18 @@ class Connection:
         headers = {"Catga-Queue": queue, "Catga-Reason": reason, "Catga-Died-Of": str(msg.metadata.num_delivered)}
         await self.js.publish(subject, msg.data, headers=headers)
         self.settle(msg.reply, b"+TERM")
+
+
+#: A worker ends without closing its connection: its last acknowledgements may still wait for the loop thread.
+_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+@atexit.register
+def _give_back_all() -> None:
+    for connection in list(_open):
+        if connection.usable:
+            with contextlib.suppress(CatgaError):
+                connection.call(connection.give_back(), 5)
 
 
 class _Batch:

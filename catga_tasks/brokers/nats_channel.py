@@ -249,30 +249,41 @@ class Channel(virtual.Channel):
         self.nats.signal()
 
     def top_up(self) -> None:
-        """Ask for as many messages as the prefetch has room for, once half of them are missing or none is coming."""
+        """Ask for as many messages as the prefetch has room for: at once when half of them are missing.
+
+        For fewer, if none is coming, with the acknowledgements that are gathered.
+        """
+        if self._ask(chunk=max(1, (self.qos.prefetch_count or WINDOW) // 2)):
+            self.nats.soon(self._ask)
+
+    def _ask(self, chunk: int = 1) -> bool:
+        """Ask where so many are missing; return whether fewer are missing somewhere, and none is coming."""
+        asks, fewer = [], False
         with self._lock:
             room = self.qos.can_consume_max_estimate()
             if room is None:
                 room = WINDOW
-            chunk = max(1, (self.qos.prefetch_count or WINDOW) // 2)
-            asks = [
-                (pull, missing)
-                for pulls in list(self._pulls.values())
-                for pull in pulls
-                if (missing := pull.missing(room, chunk))
-            ]
+            for pulls in list(self._pulls.values()):
+                for pull in pulls:
+                    missing = pull.missing(room)
+                    if missing >= chunk:
+                        pull.asked(missing)
+                        asks.append((pull, missing))
+                    elif missing > 0 and not pull.coming:
+                        fewer = True
         if asks:
             self.nats.ask(asks)
+        return fewer
 
     def settle(self, delivery_tag: str, verb: bytes) -> None:
         """Tell the server what became of a delivery; for any thread."""
         reply, delivered = self._deliveries.pop(delivery_tag, ("", 0))
+        self.top_up()
         if reply:
             if verb == b"-NAK" and self.settings.backoff:
                 wait = self.settings.backoff[min(delivered, len(self.settings.backoff)) - 1]
                 verb = b"-NAK " + json.dumps({"delay": int(wait * 1e9)}).encode()
             self.nats.settle(reply, verb)
-        self.top_up()
         if self._stalled:
             self.nats.signal()
 

@@ -35,6 +35,11 @@ def times_delivered(reply: str) -> int:
     return int(parts[4] if reply.count(".") < _SHORT_REPLY else parts[6])
 
 
+def consumer_of(reply: str) -> str:
+    """Return the part of a delivery's reply subject that names its consumer."""
+    return ".".join(reply.split(".", 7)[: 4 if reply.count(".") < _SHORT_REPLY else 6])
+
+
 class Buffer:
     """Messages that have arrived for one queue at one priority, in their order."""
 
@@ -60,14 +65,18 @@ class Pull(Buffer):
         self._came = 0
         self._heard = time.monotonic()
 
-    def missing(self, room: int, chunk: int) -> int:
-        """Return how many messages to ask for now, and count them as asked for; 0 while enough is on its way."""
-        coming = self._asked - self._came
-        missing = room - len(self.messages) - coming
-        if missing < chunk and (missing <= 0 or coming > 0):
-            return 0
-        self._asked += missing
-        return missing
+    def missing(self, room: int) -> int:
+        """Return how many more messages there is room for than have come or are coming."""
+        return room - len(self.messages) - self.coming
+
+    @property
+    def coming(self) -> int:
+        """How many messages are asked for that haven't come."""
+        return self._asked - self._came
+
+    def asked(self, count: int) -> None:
+        """Count messages as asked for; whoever does asks for them."""
+        self._asked += count
 
     # The loop thread
 
