@@ -94,7 +94,7 @@ def test_migrate(empty):
     assert "outbox migrate" in empty.run("migrate", "--check", status=1)
     assert "CREATE TABLE catga_outbox" in empty.run("migrate", "--sql")
     assert "outbox migrate" in empty.run("status", status=2)
-    assert "from nothing to 0002" in empty.run("migrate")
+    assert "from nothing to " in empty.run("migrate")
     assert "up to date" in empty.run("migrate", "--check")
     assert "up to date" in empty.run("migrate")
 
