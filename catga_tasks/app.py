@@ -17,7 +17,7 @@ from celery.result import result_from_tuple
 from kombu import Connection, pools
 from kombu.utils.json import loads
 
-from catga_tasks import bulk, deferral
+from catga_tasks import bulk, current, deferral
 from catga_tasks.brokers import KombuPublisher, Publisher
 from catga_tasks.config import Settings
 from catga_tasks.database import masked_url
@@ -132,8 +132,13 @@ class Catga(Celery):
         if collector is not None:
             collector.extend(envelopes)
             return
+        independent = is_retry(envelopes[0].task_id)
+        delivery = current.delivery.get()
+        if independent and delivery is not None and not delivery.ended:
+            delivery.keep(envelopes)
+            return
         try:
-            self.outbox.add(envelopes, independent=is_retry(envelopes[0].task_id))
+            self.outbox.add(envelopes, independent=independent and delivery is None)
         except OutboxUnavailable as error:
             raise OutboxOperationalError(*error.args) from error
 

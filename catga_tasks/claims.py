@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from catga_tasks import liveness, outbox, retry
+from catga_tasks import inbox, liveness, outbox, retry
 from catga_tasks.errors import LeaseLost
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy import Connection, Engine
 
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 KILLED = "The relay's process died while it published this message."
 #: The part of a relay's time that sweeps from the table's beginning may take.
 SWEEP_SHARE = 0.05
+#: How long deleting what is past its retention may take at a heartbeat.
+EXPIRE_SECONDS = 0.5
+#: Rows that are deleted at a time for it: a small transaction.
+EXPIRE_BATCH = 1000
 
 
 class Claims:
@@ -135,8 +139,16 @@ class Claims:
             for entry, ids in liveness.journal(connection):
                 if entry != self._entry and not outbox.count(connection, ids):
                     liveness.journal_close(connection, entry)
-            if self._settings.outbox_retention is not None:
-                outbox.expire(connection, self._settings.outbox_retention)
+        self._expire(outbox.expire, self._settings.outbox_retention)
+        self._expire(inbox.expire, self._settings.inbox_retention)
+
+    def _expire(self, expire: Callable[[Connection, float, int], int], retention: float | None) -> None:
+        """Delete what is past its retention, in small transactions and for a bounded time: the messages come first."""
+        deadline = time.monotonic() + EXPIRE_SECONDS
+        while retention is not None:
+            with self._engine.begin() as connection:
+                if expire(connection, retention, EXPIRE_BATCH) < EXPIRE_BATCH or time.monotonic() > deadline:
+                    return
 
     def forget_journal(self) -> None:
         """Clear this living relay's entries: what broke was a connection, and no row is to blame."""

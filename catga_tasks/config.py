@@ -10,7 +10,7 @@ from typing import Any
 from catga_tasks.errors import ConfigurationError
 
 PREFIXES = ("outbox_", "inbox_")
-DELIVERIES = ("at_most_once", "at_least_once")
+DELIVERIES = ("at_most_once", "at_least_once", "effectively_once")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,10 @@ class Settings:
     outbox_poll_interval_max: float = 1.0
     #: How long dead letters are kept; None keeps them until they are replayed or discarded.
     outbox_retention: float | None = None
+    #: How long the inbox remembers a delivery: a duplicate that comes later runs again. None keeps it for ever.
+    inbox_retention: float | None = 604800.0
+    #: With `deduplicate=True`: after this long without a word from its worker, a message may be run by another one.
+    inbox_lease: float = 60.0
     #: Other brokers by name, for the option `broker` of calls and routes: each a URL, or a dictionary with "url" and
     #: "transport_options".
     outbox_brokers: Mapping[str, Any] = field(default_factory=dict)
@@ -54,10 +58,12 @@ class Settings:
             "outbox_publish_timeout",
             "outbox_lease_timeout",
             "outbox_poll_interval_max",
+            "inbox_lease",
         ):
             _seconds(name, getattr(self, name))
-        if self.outbox_retention is not None:
-            _seconds("outbox_retention", self.outbox_retention)
+        for name in ("outbox_retention", "inbox_retention"):
+            if getattr(self, name) is not None:
+                _seconds(name, getattr(self, name))
         for name in ("outbox_retry_jitter", "outbox_require_transaction"):
             _boolean(name, getattr(self, name))
         _url("outbox_url", self.outbox_url)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from typing import Any
 
 from sqlalchemy import create_engine
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
@@ -74,6 +82,23 @@ def refuse_missing_table(error: SQLAlchemyError) -> None:
 def is_locked(error: SQLAlchemyError) -> bool:
     """Return whether SQLite's one writer was another one for too long."""
     return "database is locked" in str(getattr(error, "orig", None))
+
+
+def is_passing(error: SQLAlchemyError) -> bool:
+    """Return whether trying again may help: the server is out or a replica, or it chose this transaction as a victim.
+
+    By SQLSTATE (PostgreSQL, appendix A): connection exceptions, transaction rollbacks (serialization, deadlocks),
+    insufficient resources, shutdowns, a lock that isn't to be had, and a server that takes no writes.
+    """
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated or is_locked(error):
+        return True
+    state = getattr(error.orig, "sqlstate", None)
+    if state is not None:
+        return state[:2] in ("08", "40", "53") or state[:4] == "57P0" or state in ("55P03", "25006")
+    # psycopg gives a connection that can't be opened or that broke no state. SQLite's errors have none either.
+    return isinstance(error, (OperationalError, InterfaceError)) and not isinstance(error.orig, sqlite3.Error)
 
 
 def in_one_line(error: Exception) -> str:

@@ -7,9 +7,12 @@ writes it; what it would listen to is listened to by whoever waits for the resul
 from __future__ import annotations
 
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from celery.backends.base import Backend
+
+from catga_tasks import current
 
 #: Calls to the result backend that ride with the next message: a chord's size must be known before its last part runs.
 backend_calls: ContextVar[tuple[list[Any], ...]] = ContextVar("catga_backend_calls", default=())
@@ -57,6 +60,30 @@ def defer(backend: Any) -> None:
     backend.on_task_call = on_task_call
     if hasattr(backend, "result_consumer"):
         _subscribe_late(backend)
+    if not getattr(backend, "commits_with_task", False):
+        _tell_late(backend)
+
+
+def _tell_late(backend: Any) -> None:
+    """Let the outcome of an effectively-once task wait for its commit: who reads it may look for the task's effects."""
+    store_result, on_chord_part_return = backend.store_result, backend.on_chord_part_return
+
+    def stored(task_id: str, result: Any, *args: Any, **options: Any) -> Any:
+        delivery = current.delivery.get()
+        if delivery is None or not delivery.ended:
+            return store_result(task_id, result, *args, **options)
+        delivery.after_commit(partial(store_result, task_id, result, *args, **options))
+        return result
+
+    def part_returned(*args: Any, **options: Any) -> None:
+        delivery = current.delivery.get()
+        if delivery is None or not delivery.ended:
+            on_chord_part_return(*args, **options)
+        else:
+            delivery.after_commit(partial(on_chord_part_return, *args, **options))
+
+    backend.store_result = stored
+    backend.on_chord_part_return = part_returned
 
 
 def _subscribe_late(backend: Any) -> None:

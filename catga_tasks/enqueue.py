@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from catga_tasks import outbox
+from catga_tasks import storing
 from catga_tasks.database import Source, is_locked, open_engine, refuse_missing_table
 from catga_tasks.errors import OutboxUnavailable, TransactionRequired
 from catga_tasks.joining import SessionTarget, Target, listen_to_sessions, target_of, tracked_class
@@ -58,6 +58,12 @@ class Outbox:
             self._engine.dispose(close=False)
             self._pid = os.getpid()
         return self._engine
+
+    def session(self) -> Session:
+        """Return a new session on the outbox's database: of the application's own sessionmaker, if it gave that."""
+        engine = self.engine
+        found: Session = self._source() if isinstance(self._source, sessionmaker) else Session(engine)
+        return found
 
     @contextmanager
     def join(self, transaction: Joinable) -> Iterator[None]:
@@ -117,7 +123,7 @@ class Outbox:
         """Enqueue messages in a transaction of their own; raise as `add` does."""
         try:
             with self.engine.begin() as connection:
-                outbox.add(connection, envelopes)
+                storing.store(connection, envelopes)
         except DBAPIError as error:
             refuse_missing_table(error)
             if is_locked(error):

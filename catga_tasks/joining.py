@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from catga_tasks import outbox, tables
+from catga_tasks import storing, tables
 from catga_tasks.database import refuse_missing_table
 from catga_tasks.errors import ConfigurationError
 
@@ -113,7 +113,7 @@ class _SessionBuffer:
             message = "The joined session has no bind for the table catga_outbox: give it one (bind=, or binds={...})."
             raise ConfigurationError(message) from None
         try:
-            outbox.add(connection, envelopes)
+            storing.store(connection, envelopes)
         except DBAPIError as error:
             refuse_missing_table(error)
             raise
@@ -172,7 +172,7 @@ class _ConnectionTarget:
         if not envelopes:
             return
         try:
-            outbox.add(connection, envelopes)
+            storing.store(connection, envelopes)
         except DBAPIError as error:
             refuse_missing_table(error)
             raise

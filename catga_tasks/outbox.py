@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 #: PostgreSQL's channel that wakes relays.
 CHANNEL = "catga_outbox"
-#: Expired dead letters that are deleted at a time: a small transaction.
-EXPIRE_BATCH = 1000
 #: A claim's place in the table: the last row's moment (ISO text) and id.
 Place = tuple[str, int]
 
@@ -157,13 +155,13 @@ def bury(connection: Connection, row: Row, *, error: str) -> None:
     remove(connection, [row.id])
 
 
-def expire(connection: Connection, retention: float) -> int:
-    """Delete the oldest dead letters that are kept for longer than `retention` seconds; return how many."""
+def expire(connection: Connection, retention: float, limit: int) -> int:
+    """Delete at most `limit` dead letters, the oldest of those kept for over `retention` seconds; return how many."""
     statement = text(
         "DELETE FROM catga_dead_letters WHERE id IN (SELECT id FROM catga_dead_letters "
         f"WHERE died_at < {later(connection, 'ago')} ORDER BY died_at LIMIT :limit)"
     )
-    return connection.execute(statement, {"ago": -retention, "limit": EXPIRE_BATCH}).rowcount
+    return connection.execute(statement, {"ago": -retention, "limit": limit}).rowcount
 
 
 def suspect(connection: Connection, ids: Sequence[int]) -> None:

@@ -152,13 +152,14 @@ lease = sa.Table(
     sa.Column("expires_at", UTCDateTime, nullable=False),
 )
 
-#: The deliveries that were seen: what became of each attempt at a task. Its row is the first thing that a delivery
-#: writes in the task's own transaction, so that a duplicate waits for it.
+#: The deliveries that were seen: what became of each attempt at a task, and at what replaced it (`self.replace`). Its
+#: row is the first thing that a delivery writes in the task's own transaction, so that a duplicate waits for it.
 inbox = sa.Table(
     "catga_inbox",
     metadata,
     sa.Column("task_id", sa.Text, primary_key=True),
     sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("replaced", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("task", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("content_type", sa.Text),

@@ -1,0 +1,290 @@
+"""One delivery of an effectively-once task: open the transaction, ask the inbox, run the task, commit.
+
+What the task writes, what it enqueues, its result and the inbox's row commit together; then the worker acknowledges.
+If the task raises, all of that is rolled back, and a second transaction keeps what became of it: the inbox's row with
+the error, the retry, the errbacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from celery import states
+from celery.exceptions import Ignore, Reject, TimeLimitExceeded
+from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from catga_tasks import current, inbox, outcome, retry
+from catga_tasks.database import in_one_line, is_passing
+from catga_tasks.errors import ConfigurationError
+from catga_tasks.links import fix_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from catga_tasks.envelope import Envelope
+
+logger = logging.getLogger("catga_tasks.worker")
+
+#: A header of messages whose verdict is known: the worker's main process has killed the task for its time limit.
+VERDICT = "catga_verdict"
+#: Pauses before a message goes back because of the database, in seconds: from the first to the cap.
+OUTAGE_SECONDS = (0.2, 10.0)
+#: Deliveries in a row that went back because of the database, in this process.
+_outages = [0]
+
+
+class Once:
+    """One delivery of an effectively-once task; `current.Delivery` says what others may ask of it."""
+
+    def __init__(self, task: Any, task_id: str, request: dict[str, Any]) -> None:
+        self.task = task
+        self.running = False
+        self.ended = False
+        self.session: Session = task.app.outbox.session()
+        self._task_id = task_id
+        self._request = request
+        self._key = key_of(task_id, request)
+        self._transaction: Any = None
+        self._kept: list[Envelope] = []
+        self._after: list[Callable[[], object]] = []
+        self._replaced = False
+        self._committing = False
+
+    def trace(self, tracer: Callable[[], Any]) -> Any:
+        """Run Celery's tracer around the task in a transaction; return its answer."""
+        try:
+            with self._current():
+                answer, committed = self._steps(tracer)
+            if committed:
+                self._tell()
+        except (SQLAlchemyError, _Untold) as error:
+            # What is committed comes again as a duplicate, which tells it once more.
+            return give_back(self.task, self._task_id, error)
+        finally:
+            _close(self.session)
+        return answer
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Run the task's own code; what it raises rolls back what it did."""
+        self.running = True
+        try:
+            value = self._called(call)
+            self._check(value)
+        except BaseException as error:
+            self.ended = True
+            if self._replaced and isinstance(error, Ignore):
+                # The task is over, and another one takes its place: what it did stays.
+                inbox.replaced(self.session.connection(), self._key)
+                self._end()
+                raise
+            self._undo(error)
+            raise
+        self.ended = True
+        return value
+
+    def keep(self, envelopes: Sequence[Envelope]) -> None:
+        """Enqueue messages however the task ends; see `current.Delivery`."""
+        self._kept += envelopes
+
+    def after_commit(self, work: Callable[[], object]) -> None:
+        """Call the function once the transaction has committed; see `current.Delivery`."""
+        self._after.append(work)
+
+    def replace(self) -> None:
+        """Note that another task takes this one's place: its `Ignore` is no failure."""
+        self._replaced = True
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        _listen()
+        token = current.delivery.set(self)
+        try:
+            with self.task.app.outbox.join(self.session):
+                yield
+        finally:
+            current.delivery.reset(token)
+
+    def _steps(self, tracer: Callable[[], Any]) -> tuple[Any, bool]:
+        fix_ids(self._task_id, self._request)
+        seen = self._enter(states.SUCCESS)
+        if seen is not None:
+            self.ended = True
+            inbox.count(self.session.connection(), self.task.name, suppressed=1)
+            answer = outcome.repeat(self.task, self._task_id, self._request, seen)
+            self._after.append(lambda: outcome.tell(self.task, self._task_id, self._request, seen))
+        else:
+            answer = tracer()
+        if not self.session.in_transaction():
+            return answer, False
+        try:
+            self._commit()
+        except SQLAlchemyError as error:
+            if is_passing(error):
+                raise
+            answer = self._refused(error)
+        _outages[0] = 0
+        return answer, True
+
+    def _enter(self, state: str, error: str | None = None) -> inbox.Seen | None:
+        if not self.session.in_transaction():
+            self.session.begin()
+        seen = inbox.enter(self.session.connection(), self._key, self.task.name, state=state, error=error)
+        self._transaction = self.session.get_transaction()
+        return seen
+
+    def _called(self, call: Callable[[], Any]) -> Any:
+        verdict = (self._request.get("headers") or self._request).get(VERDICT)
+        if verdict is not None:
+            raise TimeLimitExceeded(verdict)
+        return call()
+
+    def _check(self, value: Any) -> None:
+        """Refuse what can't be committed, before it is; write what is to be."""
+        if self.session.get_transaction() is not self._transaction:
+            message = (
+                f"Task {self.task.name} ended current_session()'s transaction, which is the task's own, and went on: "
+                "use session.begin_nested() around what may fail, or let the error out."
+            )
+            raise ConfigurationError(message)
+        self.session.flush()
+        kept = outcome.content(self.task, self._request, value)
+        if kept is not None:
+            inbox.keep(self.session.connection(), self._key, kept)
+        self._end()
+
+    def _end(self) -> None:
+        if self._kept:
+            envelopes, self._kept = self._kept, []
+            self.task.app.outbox.add(envelopes)
+
+    def _undo(self, error: BaseException) -> None:
+        """Roll back, and begin the transaction that keeps what became of the task."""
+        passing = isinstance(error, SQLAlchemyError) and is_passing(error) and not self._alive()
+        self._roll_back()
+        if passing:
+            # No fault of the task: its database went away, or chose it as a deadlock's victim.
+            self._give_back(error)
+        if not isinstance(error, Exception) or (isinstance(error, Reject) and error.requeue):
+            return
+        try:
+            seen = self._enter(outcome.state_of(error), outcome.described(error))
+            if seen is None:
+                self._keep_failure(error)
+                return
+        except SQLAlchemyError as problem:
+            self._roll_back()
+            self._give_back(problem)
+        self._roll_back()
+        message = f"a duplicate has ended as {seen.state if seen else 'nothing'} meanwhile"
+        raise Ignore(message) from error
+
+    def _keep_failure(self, error: Exception) -> None:
+        self._end()
+        if outcome.state_of(error) == states.FAILURE:
+            kept = outcome.failure_content(self.task, self._request, error)
+            if kept is not None:
+                inbox.keep(self.session.connection(), self._key, kept)
+
+    def _alive(self) -> bool:
+        """Return whether the transaction is still good: then the error is another database's."""
+        try:
+            self.session.connection().exec_driver_sql("SELECT 1")
+        except SQLAlchemyError:
+            return False
+        return True
+
+    def _roll_back(self) -> None:
+        self._after.clear()
+        try:
+            self.session.rollback()
+        except SQLAlchemyError:
+            # The connection is gone, and the transaction with it.
+            self.session.invalidate()
+
+    def _commit(self) -> None:
+        self._committing = True
+        try:
+            self.session.commit()
+        finally:
+            self._committing = False
+
+    def _refused(self, error: SQLAlchemyError) -> Any:
+        """Fail the task after all: the database refuses the commit, as by a deferred constraint."""
+        self._kept.clear()
+        self._roll_back()
+        seen = self._enter(states.FAILURE, outcome.described(error))
+        if seen is not None:
+            return outcome.repeat(self.task, self._task_id, self._request, seen)
+        answer = outcome.failed(self.task, self._request, error)
+        self._commit()
+        return answer
+
+    def _tell(self) -> None:
+        try:
+            for work in self._after:
+                work()
+        except Exception as error:
+            raise _Untold(f"the result backend failed: {type(error).__name__}") from error
+
+    def _give_back(self, error: BaseException) -> None:
+        _wait(self.task, self._task_id, error)
+        raise Reject(f"the database is out: {type(error).__name__}", requeue=True) from error
+
+
+class _Untold(Exception):
+    """The task is committed, and the result backend doesn't know."""
+
+
+def key_of(task_id: str, request: dict[str, Any]) -> inbox.Key:
+    """Return what names this delivery and its duplicates."""
+    return inbox.Key(task_id, request.get("retries") or 0, request.get("replaced_task_nesting") or 0)
+
+
+def give_back(task: Any, task_id: str, error: Exception) -> Any:
+    """Return the answer that gives the message back to the broker, after a pause."""
+    _wait(task, task_id, error)
+    return outcome.given_back(in_one_line(error))
+
+
+def _wait(task: Any, task_id: str, error: BaseException) -> None:
+    """Say why a message goes back, and wait a little, longer each time: it comes again at once."""
+    _outages[0] += 1
+    reason = in_one_line(error) if isinstance(error, Exception) else type(error).__name__
+    logger.warning("Task %s[%s] goes back to the broker: %s", task.name, task_id, reason)
+    first, longest = OUTAGE_SECONDS
+    time.sleep(retry.delay(_outages[0], base=first, maximum=longest))
+
+
+def _close(session: Session) -> None:
+    try:
+        session.close()
+    except SQLAlchemyError:
+        session.invalidate()
+
+
+_listening: list[bool] = []
+
+
+def _listen() -> None:
+    """Listen to all sessions of the process, once: a listener for each delivery's own costs more."""
+    if not _listening:
+        _listening.append(True)
+        event.listen(Session, "before_commit", _refuse_commit)
+
+
+def _refuse_commit(session: Session) -> None:
+    delivery = current.delivery.get()
+    if not isinstance(delivery, Once) or delivery.session is not session:
+        return
+    if delivery._committing or session.in_nested_transaction():
+        return
+    message = (
+        f"Task {delivery.task.name} commits current_session(), which commits by itself when the task returns, together "
+        "with its result and its entry in the inbox: leave session.commit() out."
+    )
+    raise ConfigurationError(message)
