@@ -47,8 +47,8 @@ def test_the_wheel_holds_the_tree(wheel):
         f"catga_tasks/migrations/{p.relative_to(ROOT / 'migrations')}" for p in (ROOT / "migrations").rglob("*.py")
     }
     expected |= {"catga_tasks/py.typed", "catga_tasks/migrations/script.py.mako"}
-    templates = {f"catga_tasks/{p.relative_to(ROOT / 'catga_tasks')}" for p in (ROOT / "catga_tasks").rglob("*.html")}
-    assert shipped == expected | templates
+    pages = [*(ROOT / "catga_tasks/templates").iterdir(), *(ROOT / "catga_tasks/static").iterdir()]
+    assert shipped == expected | {f"catga_tasks/{page.relative_to(ROOT / 'catga_tasks')}" for page in pages}
 
 
 def test_the_installed_wheel_migrates(wheel, tmp_path):
