@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from catga_tasks import migrate
 from catga_tasks.database import in_one_line
 from catga_tasks.errors import CatgaError
+from catga_tasks.requests import tasks_with_inbox
 
 logger = logging.getLogger("catga_tasks")
 
@@ -29,9 +30,19 @@ class Worker(CeleryWorker):
         try:
             _ = self.app.catga_settings
             super().__init__(**options)
+            self._check_inbox()
             self._check_broker()
         except (CatgaError, SQLAlchemyError) as error:
             raise click.ClickException(in_one_line(error)) from None
+
+    def _check_inbox(self) -> None:
+        """Raise `MigrationRequired`, or what is wrong with the database, if a task of this application needs it."""
+        if tasks_with_inbox(self.app):
+            engine = self.app.outbox.engine
+            with engine.connect() as connection:
+                migrate.check(connection)
+            # The pool's children are forked next: they inherit no connection.
+            engine.dispose()
 
     def _check_broker(self) -> None:
         """Raise what Celery would end with, but without its traceback: a wrong password, a queue that isn't ours."""

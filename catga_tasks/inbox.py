@@ -134,26 +134,26 @@ def end_lease(
     connection: Connection,
     key: Key,
     *,
-    owner: str,
     state: str,
+    owner: str | None = None,
     content: Content | None = None,
     error: str | None = None,
 ) -> bool:
-    """Write down how the delivery ended; return whether it was still ours."""
+    """Write down how the delivery ended; return whether it was still the owner's, or anybody's without one."""
+    whose = f"state = '{STARTED}'" if owner is None else "owner = :owner"
     statement = text(
         "UPDATE catga_inbox SET state = :state, content_type = :content_type, content_encoding = :content_encoding, "
-        f"result = :result, error = :error, owner = NULL, lease_until = NULL WHERE {_KEY} AND owner = :owner"
+        f"result = :result, error = :error, owner = NULL, lease_until = NULL WHERE {_KEY} AND {whose}"
     )
     values = content._asdict() if content else dict.fromkeys(Content._fields)
-    parameters = {**key._asdict(), **values, "owner": owner, "state": state, "error": error}
+    parameters = {**key._asdict(), **values, "state": state, "error": error, **({"owner": owner} if owner else {})}
     return connection.execute(statement, parameters).rowcount == 1
 
 
-def free(connection: Connection, key: Key, *, owner: str | None = None) -> None:
-    """Give a lease back, of this owner or of whoever it was: the message will come again."""
-    whose = "" if owner is None else " AND owner = :owner"
-    parameters = {**key._asdict(), **({} if owner is None else {"owner": owner})}
-    connection.execute(text(f"DELETE FROM catga_inbox WHERE {_KEY} AND state = '{STARTED}'{whose}"), parameters)
+def free(connection: Connection, key: Key, *, owner: str) -> None:
+    """Give a lease back: the message will come again."""
+    statement = text(f"DELETE FROM catga_inbox WHERE {_KEY} AND owner = :owner")
+    connection.execute(statement, {**key._asdict(), "owner": owner})
 
 
 def expire(connection: Connection, retention: float, limit: int) -> int:

@@ -99,11 +99,10 @@ def repeat(task: Any, task_id: str, request: Mapping[str, Any], seen: Seen) -> A
     logger.info(
         "Task %s[%s] came again: its first delivery ended as %s, it doesn't run twice.", task.name, task_id, seen.state
     )
-    if seen.state != states.SUCCESS:
+    if seen.state != states.SUCCESS or seen.content is None:
         return ignored(f"a duplicate; the first one ended as {seen.state}")
-    value = None if seen.content is None else _loaded(task, seen.content)
-    if seen.content is not None:
-        send_again(task.app, task_id, request, value)
+    value = _loaded(task, seen.content)
+    send_again(task.app, task_id, request, value)
     return succeeded(value, task.resultrepr_maxsize)
 
 

@@ -37,6 +37,7 @@ class CatgaTask(CeleryTask):
     #: The session whose transaction this task commits in; see `current_session`.
     session = _CurrentSession()
 
+    Request = "catga_tasks.requests:Request"
     _tracer: Callable[..., Any] | None = None
 
     @classmethod
@@ -85,6 +86,15 @@ class CatgaTask(CeleryTask):
         """
         results: Sequence[AsyncResult] = self.app.send_many(self, arguments, options)
         return results
+
+    def apply(self, *args: Any, **options: Any) -> Any:
+        """Run the task here and now, as Celery does; with "effectively_once" in a transaction of its own.
+
+        No message, so no inbox.
+        """
+        if self.delivery != "effectively_once":
+            return super().apply(*args, **options)
+        return worker.Here(self).trace(lambda: CeleryTask.apply(self, *args, **options))
 
     def retry(self, *args: Any, **options: Any) -> Any:
         """Retry the task as Celery does; if the retry can't be enqueued, the message goes back to the broker.

@@ -236,6 +236,34 @@ class Once:
         raise Reject(f"the database is out: {type(error).__name__}", requeue=True) from error
 
 
+class Here(Once):
+    """A task that the caller runs in its own process (`apply`, `task_always_eager`): a transaction, and no inbox."""
+
+    def __init__(self, task: Any) -> None:
+        super().__init__(task, "", {"ignore_result": True})
+
+    def trace(self, tracer: Callable[[], Any]) -> Any:
+        """Run Celery's `apply` in a transaction; raise the database's errors."""
+        try:
+            with self._current():
+                self._enter(states.SUCCESS)
+                answer = tracer()
+                if self.session.in_transaction():
+                    self._commit()
+            self._tell()
+        finally:
+            _close(self.session)
+        return answer
+
+    def _give_back(self, error: BaseException) -> None:
+        raise error
+
+    def _enter(self, state: str, error: str | None = None) -> None:  # noqa: ARG002 - as it is for messages
+        if not self.session.in_transaction():
+            self.session.begin()
+        self._transaction = self.session.get_transaction()
+
+
 class _Untold(Exception):
     """The task is committed, and the result backend doesn't know."""
 

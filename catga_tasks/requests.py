@@ -1,0 +1,65 @@
+"""What does a worker's main process do about a task that its pool's child can't end by itself?"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery.exceptions import TimeLimitExceeded
+from celery.worker import state
+from celery.worker.request import Request as CeleryRequest
+from sqlalchemy.exc import SQLAlchemyError
+
+from catga_tasks import inbox, outcome
+from catga_tasks.worker import VERDICT, key_of
+
+logger = logging.getLogger("catga_tasks.worker")
+
+
+class Request(CeleryRequest):
+    """A message in a worker's hands. A hard time limit ends its task for good, as with Celery."""
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
+        """Fail a task that ran into its hard time limit.
+
+        The child that runs an effectively-once task still holds the inbox's row: it is killed after this. So the
+        verdict goes the message's own way, through the outbox, and whoever gets it fails the task.
+        """
+        if soft or self.task.delivery != "effectively_once":
+            super().on_timeout(soft, timeout)
+            if not soft and self.task.deduplicate:
+                self._end_lease(timeout)
+            return
+        state.task_ready(self)
+        logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
+        try:
+            if state.should_terminate:
+                # The worker ends, and cuts its tasks short: no fault of theirs.
+                self.reject(requeue=True)
+                return
+            context = self._context
+            headers = {**(context.headers or {}), VERDICT: timeout}
+            self.task.signature_from_request(context, retries=context.retries, headers=headers).apply_async()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the message must not get lost
+            logger.warning("Task %s[%s] goes back to the broker: %s", self.name, self.id, type(error).__name__)
+            self.reject(requeue=True)
+        else:
+            self.acknowledge()
+
+    def _end_lease(self, timeout: float) -> None:
+        key, error = key_of(self.id, self._request_dict), outcome.described(TimeLimitExceeded(timeout))
+        try:
+            with self._app.outbox.engine.begin() as connection:
+                inbox.end_lease(connection, key, state="FAILURE", error=error)
+        except SQLAlchemyError as problem:
+            logger.warning(
+                "Task %s[%s] has failed, and the inbox doesn't know (%s): a duplicate would run after its lease.",
+                self.name,
+                self.id,
+                type(problem).__name__,
+            )
+
+
+def tasks_with_inbox(app: Any) -> list[str]:
+    """Return the names of the tasks that ask the inbox."""
+    return sorted(name for name, task in app.tasks.items() if task.delivery == "effectively_once" or task.deduplicate)
