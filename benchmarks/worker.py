@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,8 @@ def run(bench: Bench, *, quick: bool) -> list[Row]:
             name = f"worker, {pool}: no-op tasks a second over NATS; kombu's Redis"
             ratio = ours / theirs
             rows.append(Row(name, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ratio:.1f}x", f"≥ {target}x", ratio >= target))
+        # Two workers don't start in the same moment: with more tasks that counts for less.
+        many = count * 2
         others = {"dramatiq": dramatiq, "taskiq": taskiq}
         for name, other in others.items():
             if not find_spec(name):
@@ -52,8 +55,8 @@ def run(bench: Bench, *, quick: bool) -> list[Row]:
                 continue
             ours, theirs = rounds(
                 times,
-                lambda: celery(bench, count, "nats", nats.url, "solo", workers=2),
-                lambda other=other: other(bench, count),
+                lambda: celery(bench, many, "nats", nats.url, "solo", workers=2),
+                lambda other=other: other(bench, many),
             )
             label = f"two solo workers over NATS; {name}'s two processes over Redis"
             rows.append(Row(label, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}x", "> 1x", ours > theirs))
@@ -132,13 +135,15 @@ def process(command: list[str], environment: dict[str, str]) -> Iterator[None]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         preexec_fn=die_with_parent,
+        start_new_session=True,
     )
     try:
         yield
     finally:
         started.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             started.wait(15)
-        except subprocess.TimeoutExpired:
-            started.kill()
-            started.wait()
+        # taskiq's children outlive it for a moment, and would take the next round's first tasks.
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()

@@ -87,7 +87,8 @@ class Catga(Celery):
         object.__setattr__(self._conf, "__class__", MaskedSettings)
         self._outbox_source = outbox
         # Late acknowledgement and its requeue are what "at least once" means on the worker's side.
-        self.add_defaults({"task_acks_late": True, "task_reject_on_worker_lost": True})
+        defaults = {"task_acks_late": True, "task_reject_on_worker_lost": True}
+        self.add_defaults({**defaults, "worker_consumer": "catga_tasks.dead_letters:Consumer"})
         self.user_options["worker"].add(_relay_option())
         self.steps["worker"].add("catga_tasks.embedded:RelayStep")
 

@@ -155,6 +155,18 @@ def bury(connection: Connection, row: Row, *, error: str) -> None:
     remove(connection, [row.id])
 
 
+def add_dead(connection: Connection, envelope: Envelope, *, error: str) -> int:
+    """Store a message that a worker could make nothing of among the dead letters; return its id there.
+
+    It passes through the outbox within this transaction, so that no row of the outbox has its id, before or after.
+    """
+    statement = text(f"INSERT INTO catga_outbox ({_NAMES}) VALUES ({_VALUES}) RETURNING id")
+    values = dict(zip(STORED, envelope[:_COUNT], strict=True))
+    number = int(connection.execute(statement, values).scalar_one())
+    bury(connection, Row(number, envelope), error=error)
+    return number
+
+
 def expire(connection: Connection, retention: float, limit: int) -> int:
     """Delete at most `limit` dead letters, the oldest of those kept for over `retention` seconds; return how many."""
     statement = text(

@@ -23,7 +23,7 @@ from nats.aio.client import Client as NatsClient
 from nkeys import NkeysError
 
 from catga_tasks.brokers.nats_errors import NoTLS, StreamGone, Unreachable, refusal, translated
-from catga_tasks.brokers.pulling import consumer_of
+from catga_tasks.brokers.pulling import consumer_of, place_of, times_delivered
 from catga_tasks.brokers.streams import Streams
 from catga_tasks.errors import CatgaError, ConfigurationError
 
@@ -40,6 +40,8 @@ logger = logging.getLogger("catga_tasks.nats")
 #: Acknowledgements that follow one another are gathered for this long, in seconds: waking the loop thread costs as much
 #: as a message does. The first goes at once.
 GATHER_SECONDS = 0.005
+#: Why a dead letter is one that its consumer rejected without giving it back.
+REJECTED = "Its consumer rejected it: the task isn't registered, it can't be decoded, or the task raised Reject."
 
 
 class _Thread:
@@ -143,6 +145,11 @@ class Connection:
         """Acknowledge (`+ACK`), give back (`-NAK`) or end (`+TERM`) a delivery; sent again until it is confirmed."""
         self._posted.append((reply, verb))
         self._wake()
+
+    def reject(self, queue: str, reply: str) -> None:
+        """Move a delivery to the dead letters, soon."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: self.finish(self._reject(queue, reply)))
 
     def soon(self, work: Callable[[], object]) -> None:
         """Call the function on the loop thread when acknowledgements are sent next."""
@@ -466,16 +473,22 @@ class Connection:
         """Keep the server from delivering the message again while it is in hand."""
         self._held[msg.reply] = None
 
-    async def bury(self, queue: str, msg: Msg, reason: str) -> None:
+    async def _reject(self, queue: str, reply: str) -> None:
+        # If this fails the message isn't in hand any more: it is delivered again, and rejected again.
+        self._held.pop(reply, None)
+        try:
+            stored = await self.js.get_msg(*place_of(reply))
+            await self.bury(queue, reply, stored.data or b"", REJECTED)
+        except (errors.Error, TimeoutError) as error:
+            logger.warning("A rejected message stays in queue %s: %s", queue, translated(error))
+
+    async def bury(self, queue: str, reply: str, body: bytes, reason: str) -> None:
         """Move a message to the dead letters, and only then end it."""
-        name = f"{self.settings.stream_prefix}-dead"
-        if name not in self.streams.known:
-            await self.js.add_stream(name=name, subjects=[f"{self.settings.stream_prefix}.dead.>"])
-            self.streams.known.add(name)
+        await self.streams.ensure_dead()
         subject = self.settings.subject(queue, 0).replace(".q.", ".dead.", 1)
-        headers = {"Catga-Queue": queue, "Catga-Reason": reason, "Catga-Died-Of": str(msg.metadata.num_delivered)}
-        await self.js.publish(subject, msg.data, headers=headers)
-        self.settle(msg.reply, b"+TERM")
+        headers = {"Catga-Queue": queue, "Catga-Reason": reason, "Catga-Died-Of": str(times_delivered(reply))}
+        await self.js.publish(subject, body, headers=headers)
+        self.settle(reply, b"+TERM")
 
 
 #: A worker ends without closing its connection: its last acknowledgements may still wait for the loop thread.

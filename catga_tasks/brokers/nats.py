@@ -41,6 +41,7 @@ from catga_tasks.brokers.nats_settings import NatsSettings
 from catga_tasks.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from catga_tasks.brokers.frames import Keeper
     from catga_tasks.brokers.taps import Tap
 
 logger = get_logger("catga_tasks.nats")
@@ -53,6 +54,8 @@ class Transport(virtual.Transport):
     """NATS JetStream. kombu and Celery see every outage that lasts as an error that they recover from."""
 
     Channel = Channel
+    #: Who keeps what is no message; without one it goes to the stream of dead letters.
+    on_garbage: Keeper | None = None
     default_port = 4222
     driver_type = "nats"
     driver_name = "nats-py"

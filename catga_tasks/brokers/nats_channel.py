@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import threading
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 
+from catga_tasks.brokers import frames
 from catga_tasks.brokers.batches import PublishBatch
 from catga_tasks.brokers.bindings import subjects_of, wanted, wire_subject
 from catga_tasks.brokers.pulling import Pull, times_delivered
@@ -35,6 +37,8 @@ logger = get_logger("catga_tasks.nats")
 KEPT_MILLISECONDS = 300_000
 #: Messages that are asked for when the prefetch has no limit.
 WINDOW = 256
+#: Gives a message back, to be delivered again after 5 seconds.
+LATER = b'-NAK {"delay": 5000000000}'
 
 
 class QoS(virtual.QoS):
@@ -50,7 +54,10 @@ class QoS(virtual.QoS):
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
         """End the message, or give it back."""
         super().ack(delivery_tag)
-        self.channel.settle(delivery_tag, b"-NAK" if requeue else b"+TERM")
+        if requeue:
+            self.channel.settle(delivery_tag, b"-NAK")
+        else:
+            self.channel.bury(delivery_tag)
 
     def restore_unacked(self) -> list[Any]:
         """Give back everything that is held."""
@@ -61,10 +68,32 @@ class QoS(virtual.QoS):
         return []
 
 
+class Message(frames.Message):
+    """A delivered message. What couldn't be read can't be acknowledged: it is a dead letter.
+
+    Celery's worker acknowledges it, which would be the end of it.
+    """
+
+    def _decode(self) -> Any:
+        try:
+            return super()._decode()
+        except Exception:
+            self.errors = [sys.exc_info()]
+            raise
+
+    def ack(self, multiple: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
+        """Acknowledge."""
+        if self.errors:
+            self.reject()
+        else:
+            super().ack(multiple)
+
+
 class Channel(virtual.Channel):
     """A channel. Its consumers pull; what has arrived is delivered by the transport."""
 
     QoS = QoS
+    Message = Message
     supports_fanout = True
     supports_batch_publish = True
     do_restore = False
@@ -79,7 +108,7 @@ class Channel(virtual.Channel):
         self._lock = threading.Lock()
         self._without_ack: set[str] = set()
         self._auto_delete: set[str] = set()
-        self._deliveries: dict[str, tuple[str, int]] = {}
+        self._deliveries: dict[str, tuple[str, int, str]] = {}
         self._numbers = itertools.count(1)
 
     # Queues
@@ -277,13 +306,22 @@ class Channel(virtual.Channel):
 
     def settle(self, delivery_tag: str, verb: bytes) -> None:
         """Tell the server what became of a delivery; for any thread."""
-        reply, delivered = self._deliveries.pop(delivery_tag, ("", 0))
+        reply, delivered, _ = self._deliveries.pop(delivery_tag, ("", 0, ""))
         self.top_up()
         if reply:
             if verb == b"-NAK" and self.settings.backoff:
                 wait = self.settings.backoff[min(delivered, len(self.settings.backoff)) - 1]
                 verb = b"-NAK " + json.dumps({"delay": int(wait * 1e9)}).encode()
             self.nats.settle(reply, verb)
+        if self._stalled:
+            self.nats.signal()
+
+    def bury(self, delivery_tag: str) -> None:
+        """Move a delivery to the dead letters: its consumer rejected it."""
+        reply, _, queue = self._deliveries.pop(delivery_tag, ("", 0, ""))
+        self.top_up()
+        if reply:
+            self.nats.reject(queue, reply)
         if self._stalled:
             self.nats.signal()
 
@@ -329,22 +367,32 @@ class Channel(virtual.Channel):
             properties = payload["properties"]
             properties["delivery_tag"] = tag
             delivered = times_delivered(msg.reply) if msg.reply else 1
-            properties["delivery_info"]["redelivered"] = delivered > 1
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.error("A message of queue %s can't be decoded (%s).", queue, type(error).__name__)  # noqa: TRY400 - one line
+            info = properties["delivery_info"]
+            info["redelivered"] = delivered > 1
+            "".join((info["exchange"], info["routing_key"]))
+        except Exception as error:
+            reason = f"It can't be decoded: it is no message of kombu's ({type(error).__name__})."
+            logger.error("A message of queue %s: %s", queue, reason)  # noqa: TRY400 - one line
             if msg.reply:
-                self.nats.call(self.nats.bury(queue, msg, "the message can't be decoded"))
+                self._hand_on(queue, msg, reason)
             return None
         if not msg.reply:
-            info = properties["delivery_info"]
             tap = self.connection.taps.get(queue)
             if tap is None or not tap.takes(info["exchange"], info["routing_key"]):
                 return None
         else:
-            self._deliveries[tag] = (msg.reply, delivered)
+            self._deliveries[tag] = (msg.reply, delivered, queue)
             if queue in self._without_ack:
                 self.settle(tag, b"+ACK")
         return payload
+
+    def _hand_on(self, queue: str, msg: Msg, reason: str) -> None:
+        """Give what is no message to who keeps it in a better place than a stream; back to its queue if that is out."""
+        keep = self.connection.on_garbage
+        if keep is None:
+            self.nats.call(self.nats.bury(queue, msg.reply, msg.data, reason))
+        else:
+            self.nats.settle(msg.reply, b"+ACK" if keep(queue, msg.data, reason) else LATER)
 
     def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:  # noqa: ARG002 - kombu's signature
         tap = self.connection.taps.get(queue)

@@ -119,6 +119,11 @@ class NatsSettings:
             raise ConfigurationError(message)
         return name
 
+    @property
+    def dead_stream(self) -> str:
+        """The name of the stream of dead letters, which no queue's stream can have."""
+        return f"{self.stream_prefix}_dead"
+
     def subject(self, queue: str, step: int | None = None) -> str:
         """Return the subject of a queue's messages with this priority; of all its messages without one."""
         return f"{self.stream_prefix}.q.{escape(queue)}.{'*' if step is None else step}"

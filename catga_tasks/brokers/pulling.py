@@ -40,6 +40,12 @@ def consumer_of(reply: str) -> str:
     return ".".join(reply.split(".", 7)[: 4 if reply.count(".") < _SHORT_REPLY else 6])
 
 
+def place_of(reply: str) -> tuple[str, int]:
+    """Return the stream and the message's number in it."""
+    parts = reply.split(".", 8)
+    return (parts[2], int(parts[5])) if reply.count(".") < _SHORT_REPLY else (parts[4], int(parts[7]))
+
+
 class Buffer:
     """Messages that have arrived for one queue at one priority, in their order."""
 
@@ -127,8 +133,8 @@ class Pull(Buffer):
         self._came += 1
         limit = connection.settings.max_deliver
         if limit is not None and times_delivered(msg.reply) > limit:
-            reason = f"delivered {limit} times (max_deliver) and never acknowledged"
-            connection.finish(connection.bury(self._queue, msg, reason))
+            reason = f"It was delivered {limit} times (max_deliver) and never acknowledged."
+            connection.finish(connection.bury(self._queue, msg.reply, msg.data, reason))
             connection.signal()
             return
         connection.hold(msg)

@@ -23,8 +23,12 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from redis.exceptions import NoScriptError, ResponseError
 
+from catga_tasks.brokers.frames import Message
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from catga_tasks.brokers.frames import Keeper
 
 logger = get_logger("catga_tasks.redis")
 
@@ -41,11 +45,14 @@ for number, key in ipairs(KEYS) do
         local ok, decoded = pcall(cjson.decode, message)
         local properties = ok and type(decoded) == 'table' and decoded.properties
         local info = type(properties) == 'table' and properties.delivery_info
-        if type(info) ~= 'table' or type(properties.delivery_tag) ~= 'string' then
+        local headers = ok and type(decoded) == 'table' and decoded.headers
+        -- kombu couldn't give back a message whose headers aren't an object: a table with a first element is a list.
+        if type(info) ~= 'table' or type(info.exchange) ~= 'string' or type(info.routing_key) ~= 'string'
+            or type(headers) ~= 'table' or headers[1] ~= nil or type(properties.delivery_tag) ~= 'string' then
             redis.call('LPUSH', key .. '.undecodable', message)
             return {key}
         end
-        local place = cjson.encode(info.exchange or '') .. ', ' .. cjson.encode(info.routing_key or '')
+        local place = cjson.encode(info.exchange) .. ', ' .. cjson.encode(info.routing_key)
         redis.call('ZADD', ARGV[3], ARGV[1], properties.delivery_tag)
         redis.call('HSET', ARGV[2], properties.delivery_tag, '[' .. message .. ', ' .. place .. ']')
         return {key, message, properties.delivery_tag}
@@ -54,6 +61,9 @@ end
 redis.call('EXISTS', unpack(KEYS))
 return false
 """
+
+
+GARBAGE = "It can't be decoded: it is no message of kombu's."
 
 
 class QoS(kombu_redis.QoS):
@@ -71,6 +81,7 @@ class Channel(kombu_redis.Channel):
     """A channel. kombu's poller calls `_brpop_start` and `_brpop_read`, whatever it is that they wait for."""
 
     QoS = QoS
+    Message = Message
 
     #: The tag of the message that is being delivered, if the script took it.
     taken: str | None = None
@@ -83,6 +94,9 @@ class Channel(kombu_redis.Channel):
     def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002 - kombu's signature
         """Consume from the queue; its messages are tracked unless no acknowledgement is wanted."""
         self._without_ack = self._without_ack | {queue} if no_ack else self._without_ack - {queue}
+        if self.connection.on_garbage is not None:
+            for priority in self.priority_steps:
+                self._hand_on(queue, f"{self.global_keyprefix or ''}{self._q_for_pri(queue, priority)}")
         return super().basic_consume(queue, no_ack, *args, **kwargs)
 
     def _has_queue(self, queue: str, **_options: Any) -> bool:
@@ -154,13 +168,36 @@ class Channel(kombu_redis.Channel):
         queue = name.rsplit(self.sep, 1)[0]
         self._queue_cycle.rotate(queue)
         if message is None:
-            logger.error("A message in %s can't be decoded; it is kept in the list %s.undecodable.", queue, name)
+            self._hand_on(queue, bytes_to_str(key))
+            return
+        try:
+            payload = loads(bytes_to_str(message))
+        except Exception:
+            # What is no UTF-8 for Python, or no date, is fine for the script.
+            self._set_aside(name, message, bytes_to_str(tag) if tag else None)
+            self._hand_on(queue, bytes_to_str(key))
             return
         self.taken = bytes_to_str(tag) if tag else None
         try:
-            self.connection._deliver(loads(bytes_to_str(message)), queue)
+            self.connection._deliver(payload, queue)
         finally:
             self.taken = None
+
+    def _set_aside(self, name: str, message: bytes, tag: str | None) -> None:
+        with self.conn_or_acquire() as client, client.pipeline() as pipe:
+            pipe.lpush(f"{name}.undecodable", message)
+            if tag:
+                self.qos._remove_from_indices(tag, pipe)
+            pipe.execute()
+
+    def _hand_on(self, queue: str, key: str) -> None:
+        """Give what is no message to who keeps it in a better place than a list beside the queue's own."""
+        keep, aside = self.connection.on_garbage, f"{key}.undecodable"
+        with self.conn_or_acquire() as client:
+            while keep and (found := client.lindex(aside, 0)) is not None and keep(queue, found, GARBAGE):
+                client.lrem(aside, 1, found)
+            if client.exists(aside):
+                logger.error("A message in %s can't be decoded; it is kept in the list %s.", queue, aside)
 
     def _greet(self, connection: Any) -> bytes | None:
         """Load the script and ask for pushes; return the script's name, or None if the server refuses."""
@@ -183,3 +220,5 @@ class Transport(kombu_redis.Transport):
     """kombu's Redis transport with the channel above."""
 
     Channel = Channel
+    #: Who keeps what is no message; without one it stays in a list of its own.
+    on_garbage: Keeper | None = None

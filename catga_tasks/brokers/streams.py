@@ -37,6 +37,7 @@ class Streams:
         #: Those that expire: who publishes to one that is gone doesn't make it again.
         self.expiring: set[str] = set()
         self._sweep_due = 0.0
+        self._dead = False
 
     async def ensure(self, queue: str, arguments: Mapping[str, Any] | None = None, *, durable: bool = True) -> None:
         """Make the queue's stream and its consumers, or bring them to the settings.
@@ -106,6 +107,24 @@ class Streams:
                 f"({error.description}): set them as it is, or drain and delete it."
             )
             raise StreamConflict(message) from None
+
+    async def ensure_dead(self) -> None:
+        """Make the stream of dead letters, unless it is there: somebody may have given it other limits."""
+        if self._dead:
+            return
+        settings = self._connection.settings
+        wanted = api.StreamConfig(
+            name=settings.dead_stream,
+            subjects=[f"{settings.stream_prefix}.dead.>"],
+            storage=api.StorageType(settings.storage),
+            num_replicas=settings.replicas,
+        )
+        try:
+            await self._connection.js.add_stream(wanted)
+        except js_errors.APIError as error:
+            if error.err_code != _STREAM_EXISTS:
+                raise
+        self._dead = True
 
     async def exists(self, queue: str) -> bool:
         """Return whether the queue has a stream."""

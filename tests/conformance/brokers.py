@@ -108,6 +108,7 @@ class RedisBroker(Broker):
     CANNOT: ClassVar = {
         "final refusal": "kombu's Redis transport counts an authorization error among those that pass, and tries again",
         "ids": "Redis' lists know no message ids; the inbox drops duplicates, at the worker",
+        "dead stream": "kombu's Redis transport discards what is rejected, as Celery documents it",
         "max_deliver": "Redis doesn't count deliveries",
         "in progress": "what is in hand for longer than Redis' visibility_timeout is delivered again, in hand or not",
         "fanout keys": "kombu's fanout on Redis goes by routing key too (fanout_patterns)",
@@ -231,10 +232,10 @@ class NatsBroker(Broker):
         with Connection(self.url, transport_options=self.options) as connection:
             nats = connection.default_channel.nats
             try:
-                count = nats.call(nats.js.stream_info(f"{self.own}-dead")).state.messages
+                count = nats.call(nats.js.stream_info(f"{self.own}_dead")).state.messages
             except ChannelError:
                 return []
-            found = [nats.call(nats.js.get_msg(f"{self.own}-dead", number + 1)) for number in range(count)]
+            found = [nats.call(nats.js.get_msg(f"{self.own}_dead", number + 1)) for number in range(count)]
         return [(msg.data, msg.headers["Catga-Reason"]) for msg in found if msg.headers["Catga-Queue"] == queue]
 
 
