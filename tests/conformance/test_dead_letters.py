@@ -36,13 +36,13 @@ def newer(word, *, to):
     note(f"newer {word} {to}")
 """
 TASK = {"lang": "py", "task": "note", "id": "x-1"}
+ADDRESS = b'"delivery_info": {"exchange": "", "routing_key": "jobs"}'
 #: Bytes in a queue that are no message of kombu's, for one reason or another.
 FRAMES = [
     b"no json", b'{"properties": 3}', b"\xff\xfe", b"[" * 5000,
     b'{"body": "", "headers": ["a"], "properties": {"delivery_tag": "1", "delivery_info": {}}}',
-    b'{"body": "a", "headers": {}, "properties": {"delivery_tag": "2", "body_encoding": "base64", '
-    b'"delivery_info": {"exchange": "", "routing_key": "jobs"}}}',
-    b'{"body": "\xff", "headers": {}, "properties": {"delivery_tag": "3", "delivery_info": {}}}',
+    b'{"body": "a", "headers": {}, "properties": {"delivery_tag": "2", "body_encoding": "base64", %b}}' % ADDRESS,
+    b'{"body": "\xff", "headers": {}, "properties": {"delivery_tag": "3", %b}}' % ADDRESS,
 ]  # fmt: skip
 #: Messages of kombu's that are no task: body, headers, other options.
 MESSAGES = [
