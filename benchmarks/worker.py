@@ -68,7 +68,7 @@ def celery(bench: Bench, count: int, kind: str, url: str, pool: str, workers: in
     """Fill the queue and let so many Celery workers empty it; return tasks a second."""
     from benchmarks.worker_app import make
 
-    app = make(kind, url)
+    app = make("redis" if kind == "redis" else "nats", url)
     with app.connection_for_write() as connection:
         producer = connection.Producer()
         fill(count, lambda name, value: app.send_task(f"benchmarks.{name}", (value,), producer=producer))
