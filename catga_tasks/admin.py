@@ -61,8 +61,43 @@ def status(connection: Connection) -> dict[str, Any]:
         "published": liveness.published(connection),
         "oldest_age_seconds": None if oldest is None else round(max(0.0, float(oldest)), 3),
         "relays": liveness.alive(connection),
+        "duplicates": duplicates(connection),
         "tasks": [by_task[key] for key in sorted(by_task)],
     }
+
+
+def duplicates(connection: Connection) -> list[dict[str, Any]]:
+    """Return what the inbox met, by task: duplicates `suppressed`, and messages `too_old` to tell."""
+    statement = text("SELECT task, suppressed, too_old FROM catga_inbox_counts ORDER BY task")
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def history(connection: Connection, task_id: str) -> list[dict[str, Any]]:
+    """Return what is known of a task by its id: its attempts on workers, then where its messages wait.
+
+    Each entry has where, task, attempt, state, at (the database's time) and error. Workers note the attempts of tasks
+    that ask the inbox.
+    """
+    statement = text(
+        "SELECT 'worker' AS where_, task, attempt + 1 AS attempt, state, CAST(received_at AS text) AS at, error, "
+        "replaced AS place "
+        "FROM catga_inbox WHERE task_id = :id "
+        "UNION ALL SELECT 'outbox', task, attempts, CASE WHEN attempts > 0 THEN 'RETRYING' ELSE 'WAITING' END, "
+        "CAST(available_at AS text), history, 1000000 FROM catga_outbox WHERE task_id = :id "
+        "UNION ALL SELECT 'dead letters', task, attempts, 'DEAD', CAST(died_at AS text), error, 1000001 "
+        "FROM catga_dead_letters WHERE task_id = :id ORDER BY place, attempt"
+    )
+    found = []
+    for row in connection.execute(statement, {"id": task_id}):
+        error = _last_error(row.error) if row.where_ == "outbox" else row.error
+        names = {"where": row.where_, "task": row.task, "attempt": row.attempt, "state": row.state, "at": row.at}
+        found.append({**names, "error": error})
+    return found
+
+
+def _last_error(attempts: str | None) -> str | None:
+    entries = _decoded(attempts) if attempts else None
+    return str(entries[-1]["error"]) if isinstance(entries, list) and entries else None
 
 
 def count(connection: Connection, table: str, selection: Selection) -> int:

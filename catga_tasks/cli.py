@@ -183,6 +183,11 @@ def _draw_status(found: dict[str, Any]) -> None:
             names = (entry["broker"] or "-", entry["queue"], entry["task"])
             tasks.add_row(*(escape(name) for name in names), *(f"{entry[name]:,}" for name in states[:4]))
         console.print(tasks)
+    if found["duplicates"]:
+        duplicates = Table("task", "duplicates suppressed", "too old to tell", title="Inbox")
+        for entry in found["duplicates"]:
+            duplicates.add_row(escape(entry["task"]), f"{entry['suppressed']:,}", f"{entry['too_old']:,}")
+        console.print(duplicates)
     if not found["relays"]:
         console.print("No relay is alive: start one with `celery -A <your app> outbox relay`.", style="red")
         return
@@ -197,6 +202,27 @@ def _draw_status(found: dict[str, Any]) -> None:
             f"{each['published']:,}",
         )
     console.print(relays)
+
+
+@command(outbox, "history")
+@click.argument("task_id", metavar="TASK_ID")
+@as_json_option
+def history_command(app: Catga, task_id: str, *, as_json: bool) -> None:
+    """Show what became of a task: each attempt that a worker noted, and where its messages wait."""
+    with connected(app) as connection:
+        found = admin.history(connection, task_id)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    if not found:
+        raise click.ClickException(
+            f"Nothing is known of task {task_id}: it is with the broker or on a worker, or its task doesn't ask the "
+            "inbox, or inbox_retention has passed."
+        )
+    table = Table("where", "task", "attempt", "state", "at", "error")
+    for row in found:
+        table.add_row(*(escape("-" if row[name] is None else str(row[name])) for name in row))
+    console_for_people().print(table)
 
 
 @outbox.group()
