@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from datetime import timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,13 @@ if TYPE_CHECKING:
 
     from catga_tasks.database import Source
     from catga_tasks.envelope import Envelope
+    from catga_tasks.storing import Entry, Write
 
 logger = logging.getLogger("catga_tasks")
 
 _collector: ContextVar[list[Envelope] | None] = ContextVar("catga_collector", default=None)
+#: What a chord's header enqueues, until all of it is there.
+_header: ContextVar[list[Entry] | None] = ContextVar("catga_header", default=None)
 
 
 class MaskedSettings(CelerySettings):
@@ -122,8 +126,15 @@ class Catga(Celery):
 
     @contextmanager
     def producer_or_acquire(self, producer: Any = None) -> Iterator[Any]:
-        """Yield the given producer or the outbox's: no connection to the broker is taken for a task call."""
-        yield producer or self.outbox_producer
+        """Yield the given producer or the outbox's: no connection to the broker is taken for a task call.
+
+        For a chord's header Celery asks once: all its messages are enqueued together, when the block ends.
+        """
+        if producer is None and _header.get() is None and deferral.announced.get():
+            with self._whole_header():
+                yield self.outbox_producer
+        else:
+            yield producer or self.outbox_producer
 
     default_producer = producer_or_acquire
 
@@ -138,10 +149,34 @@ class Catga(Celery):
         if independent and delivery is not None and not delivery.ended:
             delivery.keep(envelopes)
             return
+        self._add(envelopes, independent=independent and delivery is None)
+
+    def commit_with(self, write: Write) -> None:
+        """Call the function with the connection when the current transaction commits, or in one of its own."""
+        self._add([write])
+
+    def _add(self, entries: Sequence[Entry], *, independent: bool = False) -> None:
+        header = _header.get()
+        if header is not None and not independent:
+            header += entries
+            return
         try:
-            self.outbox.add(envelopes, independent=independent and delivery is None)
+            self.outbox.add(entries, independent=independent)
         except OutboxUnavailable as error:
             raise OutboxOperationalError(*error.args) from error
+
+    @contextmanager
+    def _whole_header(self) -> Iterator[None]:
+        """Enqueue what this block enqueues at its end, in one transaction; nothing of it if the block fails."""
+        entries: list[Entry] = []
+        token = _header.set(entries)
+        try:
+            yield
+        finally:
+            _header.reset(token)
+            deferral.announced.set(None)
+        if entries:
+            self._add(entries)
 
     @contextmanager
     def collecting(self, envelopes: list[Envelope]) -> Iterator[None]:
@@ -182,9 +217,16 @@ class Catga(Celery):
                 brokers=names,
                 queues=queues,
                 published=partial(self._announce, name),
+                result_expires=self._result_expires,
             )
             for name in names
         ])  # fmt: skip
+
+    @property
+    def _result_expires(self) -> float | None:
+        """Celery's setting in seconds; None for results that are kept."""
+        value = self.conf.result_expires
+        return float(value.total_seconds() if isinstance(value, timedelta) else value or 0) or None
 
     def publisher(self, broker: str = "") -> Publisher:
         """Return the publisher for this application's own broker, or for one of `outbox_brokers`."""
@@ -282,6 +324,8 @@ class Catga(Celery):
                 )
 
     def _get_backend(self) -> Backend:
+        ours = {"outbox": "catga_tasks.backend:OutboxBackend"}
+        self.loader.override_backends = {**self.loader.override_backends, **ours}
         backend = super()._get_backend()
         deferral.defer(backend)
         return backend

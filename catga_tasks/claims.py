@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from catga_tasks import inbox, liveness, outbox, retry
+from catga_tasks import inbox, liveness, outbox, results, retry
 from catga_tasks.errors import LeaseLost
 
 if TYPE_CHECKING:
@@ -41,12 +41,20 @@ class Claims:
     """What a relay has in hand of one broker's rows: `take`, then `settle` or `release`. Not for several threads."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, *, relay: str, broker: str = "", queues: Sequence[str] = ()
+        self,
+        engine: Engine,
+        settings: Settings,
+        *,
+        relay: str,
+        broker: str = "",
+        queues: Sequence[str] = (),
+        result_expires: float | None = None,
     ) -> None:
         self._engine = engine
         self._settings = settings
         self._relay = relay
         self._broker = broker
+        self._result_expires = result_expires
         self._queues: tuple[str | None, ...] = tuple(queues) or (None,)
         self._locks = engine.dialect.name == "postgresql"
         self._work: Connection | None = None
@@ -123,7 +131,7 @@ class Claims:
         """Write the heartbeat, fold away relays that are long gone, strike journal entries without rows.
 
         An entry of a living relay always has rows: it goes in the transaction that removes the last of them. Dead
-        letters past `outbox_retention` go too.
+        letters past `outbox_retention` go too, deliveries past `inbox_retention` and results past `result_expires`.
         """
         with self._engine.begin() as connection:
             liveness.heartbeat(
@@ -141,6 +149,8 @@ class Claims:
                     liveness.journal_close(connection, entry)
         self._expire(outbox.expire, self._settings.outbox_retention)
         self._expire(inbox.expire, self._settings.inbox_retention)
+        for expire in (results.expire, results.expire_groups, results.expire_chords):
+            self._expire(expire, self._result_expires)
 
     def _expire(self, expire: Callable[[Connection, float, int], int], retention: float | None) -> None:
         """Delete what is past its retention, in small transactions and for a bounded time: the messages come first."""
@@ -299,9 +309,7 @@ def _fail(connection: Connection, row: Row, error: str, settings: Settings) -> b
 
 def _discard(connection: Connection) -> None:
     try:
-        if connection.dialect.name != "sqlite":
-            # SQLite's don't break, and a database in memory goes with its connection.
-            connection.invalidate()
+        connection.invalidate()
         connection.close()
     except DBAPIError:
         # The connection was broken before: that is why it is thrown away.

@@ -26,6 +26,9 @@ class Delivery(Protocol):
     def keep(self, envelopes: Sequence[Envelope]) -> None:
         """Enqueue messages however the task ends: its own retry must survive the rollback."""
 
+    def doom(self, error: Exception) -> None:
+        """Give the message back instead of committing: the outcome can't be stored."""
+
     def after_commit(self, work: Callable[[], object]) -> None:
         """Call the function once the delivery's transaction has committed; not at all if it doesn't."""
 

@@ -18,6 +18,9 @@ from catga_tasks import current
 backend_calls: ContextVar[tuple[list[Any], ...]] = ContextVar("catga_backend_calls", default=())
 #: The backend whose reply queue (`rpc://`) must be there before the next message's task runs.
 replying: ContextVar[Any] = ContextVar("catga_replying", default=None)
+#: Chords whose headers are about to be sent, by their groups' ids, with what their backend must know: their counters
+#: commit with the headers' messages.
+announced: ContextVar[dict[str, Any] | None] = ContextVar("catga_announced", default=None)
 
 
 def taken() -> tuple[tuple[list[Any], ...], Any]:
@@ -31,7 +34,12 @@ def taken() -> tuple[tuple[list[Any], ...], Any]:
 
 
 def defer(backend: Any) -> None:
-    """Change this backend so; its own methods stay reachable under their names with `catga_` before them."""
+    """Change this backend so; its own methods stay reachable under their names with `catga_` before them.
+
+    A backend that writes into the transaction itself (`outbox://`) is left as it is.
+    """
+    if getattr(backend, "commits_with_task", False):
+        return
     backend.catga_set_chord_size = backend.set_chord_size
     backend.catga_apply_chord = backend.apply_chord
     backend.catga_on_task_call = backend.on_task_call
@@ -60,8 +68,7 @@ def defer(backend: Any) -> None:
     backend.on_task_call = on_task_call
     if hasattr(backend, "result_consumer"):
         _subscribe_late(backend)
-    if not getattr(backend, "commits_with_task", False):
-        _tell_late(backend)
+    _tell_late(backend)
 
 
 def _tell_late(backend: Any) -> None:

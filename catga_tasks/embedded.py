@@ -30,14 +30,14 @@ class Worker(CeleryWorker):
         try:
             _ = self.app.catga_settings
             super().__init__(**options)
-            self._check_inbox()
+            self._check_tables()
             self._check_broker()
         except (CatgaError, SQLAlchemyError) as error:
             raise click.ClickException(in_one_line(error)) from None
 
-    def _check_inbox(self) -> None:
-        """Raise `MigrationRequired`, or what is wrong with the database, if a task of this application needs it."""
-        if tasks_with_inbox(self.app):
+    def _check_tables(self) -> None:
+        """Raise `MigrationRequired`, or what is wrong with the database, if a task or the results need it."""
+        if tasks_with_inbox(self.app) or getattr(self.app.backend, "commits_with_task", False):
             engine = self.app.outbox.engine
             with engine.connect() as connection:
                 migrate.check(connection)

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from catga_tasks import storing
 from catga_tasks.database import Source, is_locked, open_engine, refuse_missing_table
+from catga_tasks.envelope import Envelope
 from catga_tasks.errors import OutboxUnavailable, TransactionRequired
 from catga_tasks.joining import SessionTarget, Target, listen_to_sessions, target_of, tracked_class
 from catga_tasks.wakeup import Waker
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import SessionTransaction
 
-    from catga_tasks.envelope import Envelope
+    from catga_tasks.storing import Entry
 
 #: What `join` takes.
 Joinable = Session | AsyncSession | Connection | AsyncConnection
@@ -98,32 +99,33 @@ class Outbox:
         if isinstance(sessions, scoped_session):
             self._registries.append(sessions)
 
-    def add(self, envelopes: Sequence[Envelope], *, independent: bool = False) -> None:
-        """Enqueue messages in the current transaction, or in one of their own if there is none.
+    def add(self, entries: Sequence[Entry], *, independent: bool = False) -> None:
+        """Enqueue messages, and what goes with them, in the current transaction, or in one of their own.
 
         `independent` keeps them out of the current transaction: a retry must survive its rollback. Raises
         `TransactionRequired`, `MigrationRequired` or `OutboxUnavailable`; nothing was enqueued then.
         """
         target = self._current()
         if target is not None and not independent:
-            target.add(envelopes)
+            target.add(entries)
             return
+        envelopes = [entry for entry in entries if isinstance(entry, Envelope)]
         if target is not None and self.engine.dialect.name == "sqlite" and target.postpone(envelopes):
             # SQLite has one writer, which may be the current transaction.
             return
-        if self._require_transaction and not independent:
+        if envelopes and self._require_transaction and not independent:
             message = (
                 f"{envelopes[0].task} was enqueued outside any transaction and outbox_require_transaction is set: "
                 "use `with app.outbox.join(session):`, or track your sessionmaker with app.outbox.track()."
             )
             raise TransactionRequired(message)
-        self.insert(envelopes)
+        self.insert(entries)
 
-    def insert(self, envelopes: Sequence[Envelope]) -> None:
-        """Enqueue messages in a transaction of their own; raise as `add` does."""
+    def insert(self, entries: Sequence[Entry]) -> None:
+        """Enqueue messages, and what goes with them, in a transaction of their own; raise as `add` does."""
         try:
             with self.engine.begin() as connection:
-                storing.store(connection, envelopes)
+                storing.store(connection, entries)
         except DBAPIError as error:
             refuse_missing_table(error)
             if is_locked(error):

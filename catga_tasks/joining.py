@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
     from catga_tasks.envelope import Envelope
+    from catga_tasks.storing import Entry
 
 
 class Owner(Protocol):
@@ -32,15 +33,15 @@ class Owner(Protocol):
     def wake(self) -> None:
         """Wake the relays: something was committed."""
 
-    def insert(self, envelopes: Sequence[Envelope]) -> None:
-        """Enqueue messages in a transaction of their own."""
+    def insert(self, entries: Sequence[Entry]) -> None:
+        """Enqueue messages, and what goes with them, in a transaction of their own."""
 
 
 class Target(Protocol):
     """A transaction that messages are enqueued in."""
 
-    def add(self, envelopes: Sequence[Envelope]) -> None:
-        """Keep the messages for the commit; no I/O."""
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Keep the messages, and what goes with them, for the commit; no I/O."""
 
     def alive(self) -> bool:
         """Return whether the transaction can still take messages."""
@@ -64,7 +65,7 @@ class SessionTarget:
         session = self._session()
         return session is not None and session.get_transaction() is self._transaction and self._transaction.is_active
 
-    def add(self, envelopes: Sequence[Envelope]) -> None:
+    def add(self, entries: Sequence[Entry]) -> None:
         """Keep the messages for the session's commit; begin its transaction if there is none."""
         session = self._session()
         if session is None:
@@ -72,7 +73,7 @@ class SessionTarget:
             raise ConfigurationError(message)
         if not session.in_transaction():
             session.begin()
-        _buffer(self._owner, session).add(session, envelopes)
+        _buffer(self._owner, session).add(session, entries)
 
     def postpone(self, envelopes: Sequence[Envelope]) -> bool:
         """Keep the messages for the moment after the session's transaction."""
@@ -88,14 +89,14 @@ class _SessionBuffer:
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self._entries: list[tuple[SessionTransaction, Sequence[Envelope]]] = []
+        self._entries: list[tuple[SessionTransaction, Sequence[Entry]]] = []
         self._written: SessionTransaction | None = None
         self.postponed: list[Envelope] = []
 
-    def add(self, session: Session, envelopes: Sequence[Envelope]) -> None:
+    def add(self, session: Session, entries: Sequence[Entry]) -> None:
         transaction = session.get_nested_transaction() or session.get_transaction()
         assert transaction is not None  # noqa: S101 - begun by the caller
-        self._entries.append((transaction, envelopes))
+        self._entries.append((transaction, entries))
         if self._written is not None and self._written is session.get_transaction():
             # The commit is under way, and a flush or a listener of the application enqueues: write it at once.
             self.write(session)
@@ -105,7 +106,7 @@ class _SessionBuffer:
         self._written = session.get_transaction()
         if not self._entries:
             return
-        envelopes = [envelope for _, several in self._entries for envelope in several]
+        entries = [entry for _, several in self._entries for entry in several]
         self._entries.clear()
         try:
             connection = session.connection(bind_arguments={"clause": tables.outbox})
@@ -113,7 +114,7 @@ class _SessionBuffer:
             message = "The joined session has no bind for the table catga_outbox: give it one (bind=, or binds={...})."
             raise ConfigurationError(message) from None
         try:
-            storing.store(connection, envelopes)
+            storing.store(connection, entries)
         except DBAPIError as error:
             refuse_missing_table(error)
             raise
@@ -148,17 +149,17 @@ class _ConnectionTarget:
     def __init__(self, owner: Owner, connection: Connection) -> None:
         self._owner = owner
         self._connection = weakref.ref(connection)
-        self._entries: list[tuple[frozenset[str], Sequence[Envelope]]] = []
+        self._entries: list[tuple[frozenset[str], Sequence[Entry]]] = []
 
     def alive(self) -> bool:
         return True
 
-    def add(self, envelopes: Sequence[Envelope]) -> None:
+    def add(self, entries: Sequence[Entry]) -> None:
         connection = self._connection()
         if connection is None or connection.closed:
             message = "The joined connection is closed: keep it open while tasks are enqueued in it."
             raise ConfigurationError(message)
-        self._entries.append((_savepoints(connection), envelopes))
+        self._entries.append((_savepoints(connection), entries))
         if not connection.in_transaction():
             connection.begin()
 
@@ -167,15 +168,17 @@ class _ConnectionTarget:
         return False
 
     def write(self, connection: Connection) -> None:
-        envelopes = [envelope for _, several in self._entries for envelope in several]
-        self._entries.clear()
-        if not envelopes:
+        if not self._entries:
             return
-        try:
-            storing.store(connection, envelopes)
-        except DBAPIError as error:
-            refuse_missing_table(error)
-            raise
+        # What is written may enqueue more: the body of a chord whose parts have all returned.
+        while self._entries:
+            entries = [entry for _, several in self._entries for entry in several]
+            self._entries.clear()
+            try:
+                storing.store(connection, entries)
+            except DBAPIError as error:
+                refuse_missing_table(error)
+                raise
         # The core has no event after the commit: this wake-up may come a moment early. It makes the relay poll
         # every few milliseconds for a while, which finds the rows.
         self._owner.wake()
@@ -219,13 +222,6 @@ def target_of(owner: Owner, transaction: object) -> Target:
         f"not {type(transaction).__name__}."
     )
     raise ConfigurationError(message)
-
-
-def pending(owner: Owner, transaction: Session | Connection | None = None) -> list[Envelope]:
-    """Return the messages that wait for the commit of this transaction, or of any; what savepoints undid is gone."""
-    known: list[tuple[Any, dict[Owner, Any]]] = [*_sessions.items(), *_connections.items()]
-    buffers = [each[owner] for joined, each in known if owner in each and transaction in (None, joined)]
-    return [envelope for buffer in buffers for _, several in buffer._entries for envelope in several]
 
 
 def _buffer(owner: Owner, session: Session) -> _SessionBuffer:

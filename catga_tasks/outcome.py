@@ -64,13 +64,14 @@ def failed(task: Any, request: Mapping[str, Any], error: Exception) -> Any:
 
 
 def content(task: Any, request: Mapping[str, Any], value: Any) -> Content | None:
-    """Serialize a result that a duplicate will be asked for; None if nobody asks.
+    """Serialize a result; return it if a duplicate will be asked for it, else None.
 
     Raises `EncodeError` for a value that `result_serializer` can't hold.
     """
-    if not (_stored(task, request) or request.get("chord") or request.get("callbacks") or request.get("chain")):
-        return None
+    wanted = _stored(task, request) or request.get("chord") or request.get("callbacks") or request.get("chain")
     backend = task.app.backend
+    if not wanted and (not _commits(backend) or get_actual_ignore_result(task, Context(request))):
+        return None
     prepared = backend.prepare_value(value)
     try:
         content_type, encoding, payload = dumps(prepared, serializer=backend.serializer)
@@ -80,7 +81,9 @@ def content(task: Any, request: Mapping[str, Any], value: Any) -> Content | None
             "Return what it can, or set ignore_result=True."
         )
         raise EncodeError(message) from error
-    return Content(content_type, encoding, payload.encode() if isinstance(payload, str) else payload)
+    return (
+        Content(content_type, encoding, payload.encode() if isinstance(payload, str) else payload) if wanted else None
+    )
 
 
 def failure_content(task: Any, request: Mapping[str, Any], error: Exception) -> Content | None:
@@ -125,7 +128,11 @@ def tell(task: Any, task_id: str, request: Mapping[str, Any], seen: Seen) -> Non
 
 def _apart(backend: Any) -> bool:
     """Return whether results are kept somewhere else than in the task's own transaction."""
-    return not (isinstance(backend, DisabledBackend) or getattr(backend, "commits_with_task", False))
+    return not (isinstance(backend, DisabledBackend) or _commits(backend))
+
+
+def _commits(backend: Any) -> bool:
+    return bool(getattr(backend, "commits_with_task", False))
 
 
 def _stored(task: Any, request: Mapping[str, Any]) -> bool:

@@ -104,7 +104,7 @@ class Lane:
     """A relay's way to one broker.
 
     `brokers` are the names of all that the relay has a lane for. `published` is called with the envelopes of each batch
-    that the broker confirmed.
+    that the broker confirmed. `result_expires` is how long results are kept, in seconds; None keeps them.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Lane:
         brokers: Sequence[str] = (),
         queues: Sequence[str] = (),
         published: Callable[[list[Envelope]], None] | None = None,
+        result_expires: float | None = None,
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.broker = broker
@@ -125,7 +126,9 @@ class Lane:
         self._publisher = publisher
         self._settings = settings
         self._on_published = published
-        self._claims = Claims(engine, settings, relay=self.id, broker=broker, queues=queues)
+        self._claims = Claims(
+            engine, settings, relay=self.id, broker=broker, queues=queues, result_expires=result_expires
+        )
         self._listener = Listener(engine)
         self._engine = engine
         self._fork_waits, self._fork_may, self._fork_over = threading.Event(), threading.Event(), threading.Event()

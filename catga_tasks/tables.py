@@ -181,6 +181,59 @@ inbox_counts = sa.Table(
     sa.Column("too_old", BigId, nullable=False, server_default="0"),
 )
 
+#: The states and results of tasks, for the result backend `outbox://`.
+results = sa.Table(
+    "catga_results",
+    metadata,
+    sa.Column("task_id", sa.Text, primary_key=True),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("result", sa.LargeBinary),
+    sa.Column("traceback", sa.Text),
+    sa.Column("children", sa.LargeBinary),
+    sa.Column("name", sa.Text),
+    sa.Column("args", sa.LargeBinary),
+    sa.Column("kwargs", sa.LargeBinary),
+    sa.Column("worker", sa.Text),
+    sa.Column("retries", sa.Integer),
+    sa.Column("queue", sa.Text),
+    sa.Column("stamps", sa.LargeBinary),
+    sa.Column("stored_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+    sa.Index("catga_results_stored_at", "stored_at"),
+)
+
+#: Saved groups (`GroupResult.save`).
+groups = sa.Table(
+    "catga_groups",
+    metadata,
+    sa.Column("group_id", sa.Text, primary_key=True),
+    sa.Column("result", sa.LargeBinary, nullable=False),
+    sa.Column("stored_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+    sa.Index("catga_groups_stored_at", "stored_at"),
+)
+
+#: Chords: of how many parts, and how many have returned. Without a size the header isn't committed yet. The row is
+#: locked by each part that returns, until its transaction ends.
+chords = sa.Table(
+    "catga_chords",
+    metadata,
+    sa.Column("group_id", sa.Text, primary_key=True),
+    sa.Column("size", sa.Integer),
+    sa.Column("returned", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("header", sa.LargeBinary),
+    sa.Column("stored_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+    sa.Index("catga_chords_stored_at", "stored_at"),
+)
+
+#: The parts of chords that have returned, until the last one has.
+chord_parts = sa.Table(
+    "catga_chord_parts",
+    metadata,
+    sa.Column("group_id", sa.Text, primary_key=True),
+    sa.Column("task_id", sa.Text, primary_key=True),
+    sa.Column("position", sa.Integer),
+    sa.Column("result", sa.LargeBinary, nullable=False),
+)
+
 #: What the two tables of messages have in common, by name.
 MESSAGE_COLUMNS = tuple(column.name for column in _message_columns())
 

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from celery import states
-from celery.exceptions import Ignore, Reject, TimeLimitExceeded
+from celery.exceptions import BackendStoreError, Ignore, Reject, TimeLimitExceeded
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from catga_tasks import current, inbox, outcome, retry
 from catga_tasks.database import in_one_line, is_passing
-from catga_tasks.errors import ConfigurationError
+from catga_tasks.errors import ConfigurationError, MigrationRequired
 from catga_tasks.links import fix_ids
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Once:
         self._after: list[Callable[[], object]] = []
         self._replaced = False
         self._committing = False
+        self._doom: Exception | None = None
 
     def trace(self, tracer: Callable[[], Any]) -> Any:
         """Run Celery's tracer around the task in a transaction; return its answer."""
@@ -62,7 +63,7 @@ class Once:
                 answer, committed = self._steps(tracer)
             if committed:
                 self._tell()
-        except (SQLAlchemyError, _Untold) as error:
+        except (SQLAlchemyError, BackendStoreError, MigrationRequired, _Untold) as error:
             # What is committed comes again as a duplicate, which tells it once more.
             return give_back(self.task, self._task_id, error)
         finally:
@@ -91,6 +92,10 @@ class Once:
         """Enqueue messages however the task ends; see `current.Delivery`."""
         self._kept += envelopes
 
+    def doom(self, error: Exception) -> None:
+        """Give the message back; see `current.Delivery`."""
+        self._doom = self._doom or error
+
     def after_commit(self, work: Callable[[], object]) -> None:
         """Call the function once the transaction has committed; see `current.Delivery`."""
         self._after.append(work)
@@ -118,7 +123,7 @@ class Once:
             answer = outcome.repeat(self.task, self._task_id, self._request, seen)
             self._after.append(lambda: outcome.tell(self.task, self._task_id, self._request, seen))
         else:
-            answer = tracer()
+            answer = self._traced(tracer)
         if not self.session.in_transaction():
             return answer, False
         try:
@@ -129,6 +134,17 @@ class Once:
             answer = self._refused(error)
         _outages[0] = 0
         return answer, True
+
+    def _traced(self, tracer: Callable[[], Any]) -> Any:
+        """Run Celery's tracer; raise the error of a result that can't be stored."""
+        try:
+            answer = tracer()
+        except Reject:
+            if self._doom is None:
+                raise
+        if self._doom is not None:
+            raise self._doom
+        return answer
 
     def _enter(self, state: str, error: str | None = None) -> inbox.Seen | None:
         if not self.session.in_transaction():
@@ -166,6 +182,8 @@ class Once:
         """Roll back, and begin the transaction that keeps what became of the task."""
         passing = isinstance(error, SQLAlchemyError) and is_passing(error) and not self._alive()
         self._roll_back()
+        # What the task has sent is rolled back with it.
+        self.task.request.children.clear()
         if passing:
             # No fault of the task: its database went away, or chose it as a deadlock's victim.
             self._give_back(error)
@@ -247,7 +265,7 @@ class Here(Once):
         try:
             with self._current():
                 self._enter(states.SUCCESS)
-                answer = tracer()
+                answer = self._traced(tracer)
                 if self.session.in_transaction():
                     self._commit()
             self._tell()
