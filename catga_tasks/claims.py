@@ -309,7 +309,9 @@ def _fail(connection: Connection, row: Row, error: str, settings: Settings) -> b
 
 def _discard(connection: Connection) -> None:
     try:
-        connection.invalidate()
+        if connection.dialect.name != "sqlite":
+            # SQLite's don't break, and a database in memory goes with its connection.
+            connection.invalidate()
         connection.close()
     except DBAPIError:
         # The connection was broken before: that is why it is thrown away.

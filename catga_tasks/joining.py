@@ -224,6 +224,13 @@ def target_of(owner: Owner, transaction: object) -> Target:
     raise ConfigurationError(message)
 
 
+def pending(owner: Owner, transaction: Session | Connection | None = None) -> list[Envelope]:
+    """Return the messages that wait for the commit of this transaction, or of any; what savepoints undid is gone."""
+    known: list[tuple[Any, dict[Owner, Any]]] = [*_sessions.items(), *_connections.items()]
+    buffers = [each[owner] for joined, each in known if owner in each and transaction in (None, joined)]
+    return [envelope for buffer in buffers for _, several in buffer._entries for envelope in several]
+
+
 def _buffer(owner: Owner, session: Session) -> _SessionBuffer:
     buffers = _sessions.setdefault(session, {})
     buffer = buffers.get(owner)

@@ -38,11 +38,16 @@ class CatgaTask(CeleryTask):
     session = _CurrentSession()
 
     Request = "catga_tasks.requests:Request"
+    _bound_by_catga: bool
     _tracer: Callable[..., Any] | None = None
 
     @classmethod
     def bind(cls, app: Any) -> Any:
         """Bind the task to its application, and set how it is acknowledged and run by its delivery."""
+        if "_bound_by_catga" in cls.__dict__:
+            # Celery binds a class more than once, and has filled in its own settings by then.
+            return super().bind(app)
+        cls._bound_by_catga = True
         chosen = cls.delivery is not None or "task_delivery" in app.conf
         cls.delivery = choose_delivery(cls.delivery, app.catga_settings.task_delivery, cls.name)
         _check(cls, chosen=chosen)

@@ -120,7 +120,7 @@ def shop(request, tmp_path, postgres_url, processes):
 
 class Shop:
     def __init__(self, folder, database, broker, processes):
-        self.folder, self.processes = folder, processes
+        self.folder, self.processes, self.broker = folder, processes, broker
         prefix = f"once-{uuid.uuid4().hex[:8]}"
         self.env = {"OUTBOX": database, "BROKER": broker, "PREFIX": prefix}
         (folder / "once.py").write_text(APP)
@@ -132,11 +132,11 @@ class Shop:
         with self.app.outbox.engine.begin() as connection:
             connection.execute(sa.text("CREATE TABLE effects (word TEXT NOT NULL)"))
 
-    def worker(self, *arguments, pool="prefork"):
+    def worker(self, *arguments, pool="prefork", env=None):
         command = ("worker", "-P", pool, "-c", "4", "-n", f"w{uuid.uuid4().hex[:8]}", "-l", "INFO", "--outbox-relay",
                    "--without-gossip", "--without-mingle", *arguments)  # fmt: skip
-        process = self.processes.celery("once", *command, env=self.env, cwd=self.folder)
-        wait_until(lambda: " ready." in process.log() or not process.alive(), what="a ready worker")
+        process = self.processes.celery("once", *command, env={**self.env, **(env or {})}, cwd=self.folder)
+        wait_until(lambda: " ready." in process.log() or not process.alive(), deadline=60, what="a ready worker")
         assert process.alive(), process.log()
         return process
 
@@ -166,7 +166,7 @@ class Shop:
             return channel.client.llen("celery") + channel.client.hlen("unacked") == 0
 
 
-def test_effects_happen_once_whatever_is_killed(shop):
+def test_19_to_22_effects_happen_once_whatever_is_killed(shop):
     """Scenarios 19 to 22: children killed inside the task and between commit and acknowledgement, time limits, retries.
 
     Each task's effects, and what it enqueues, are there once; its failure's handlers ran once.
@@ -202,7 +202,7 @@ def test_effects_happen_once_whatever_is_killed(shop):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
-def test_a_shutdown_loses_and_doubles_nothing(shop, number):
+def test_21_a_shutdown_loses_and_doubles_nothing(shop, number):
     """Scenario 21: a warm shutdown ends what runs, a cold one gives it back; another worker does the rest, once."""
     first = shop.worker()
     for each in range(8):
@@ -215,8 +215,8 @@ def test_a_shutdown_loses_and_doubles_nothing(shop, number):
     assert shop.effects() == sorted(map(str, range(8)))
 
 
-def test_a_lease_keeps_a_message_from_running_twice_at_a_time(shop):
-    """With deduplicate=True a copy of a running message waits, one of a finished message is skipped.
+def test_19_a_lease_keeps_a_message_from_running_twice_at_a_time(shop):
+    """Scenarios 19 and 21: with deduplicate=True a copy of a running message waits, one of a finished one is skipped.
 
     A task longer than its lease runs once, and a killed worker's task runs again when the lease is over.
     """
@@ -242,7 +242,51 @@ def test_a_lease_keeps_a_message_from_running_twice_at_a_time(shop):
 
 
 @pytest.mark.parametrize("shop", ["nats"], indirect=True)
-def test_a_worker_without_the_tables_says_which_command(shop):
+@pytest.mark.parametrize("seconds", [3600, -3600])
+def test_05_a_workers_clock_decides_nothing(shop, seconds):
+    """Scenario 5: on a worker whose clock is an hour off retries come when they are due, and leases hold."""
+    (shop.folder / "sitecustomize.py").write_text(
+        "import os\nfrom tests.integration.relay_children import shift_clock\nshift_clock(float(os.environ['SHIFT']))\n"
+    )
+    worker = shop.worker("-Q", "celery,wrong", env={"SHIFT": str(seconds)})
+    shop.send("flaky")
+    shop.send("note", "later", countdown=2)
+    shop.send("outside", "leased", 3, task_id="leased")
+    wait_until(lambda: "begin leased" in shop.said(), what="a lease")
+    shop.send("outside", "leased", 3, task_id="leased")
+    wait_until(lambda: "runs elsewhere" in worker.log(), what="a copy that meets the lease")
+    wait_until(lambda: shop.effects() == ["flaky", "later"] and "end leased" in shop.said(), what="all tasks")
+    wait_until(shop.drained, what="all copies")
+    assert shop.said() == ["begin leased", "end leased"]
+    moments = shop.ask("SELECT abs(extract(epoch FROM clock_timestamp() - received_at)) < 600 FROM catga_inbox")
+    assert set(moments) == {(True,)}
+
+
+@pytest.mark.parametrize("kind", ["nats", "redis"])
+def test_23_servers_restart(kind, tmp_path, processes, own_nats, own_redis, own_postgres):
+    """Scenario 23: broker and database are killed and restarted under load; each effect is there once."""
+    database = own_postgres()
+    broker = own_nats() if kind == "nats" else own_redis("--appendonly", "yes", "--appendfsync", "always")
+    shop = Shop(tmp_path, database.create_database("shop"), broker.url, processes)
+    shop.worker(), shop.worker()
+    shop.app.outbox.engine.dispose()
+    sent = 0
+    for server in (broker, database, broker):
+        for _ in range(40):
+            shop.send("long", str(sent), 0.05)
+            sent += 1
+        wait_until(lambda sent=sent: len(shop.effects()) > sent - 30, deadline=60, what="tasks that run")
+        shop.app.outbox.engine.dispose()
+        server.kill()
+        server.restart()
+    wait_until(lambda: len(shop.effects()) >= sent and shop.drained(), deadline=90, what="all tasks")
+    assert shop.effects() == sorted(map(str, range(sent)))
+    shop.app.outbox.engine.dispose()
+    shop.app.close()
+
+
+@pytest.mark.parametrize("shop", ["nats"], indirect=True)
+def test_25_a_worker_without_the_tables_says_which_command(shop):
     """Scenario 25: a worker whose tasks need the inbox doesn't start without it."""
     with shop.app.outbox.engine.begin() as connection:
         connection.execute(sa.text("DROP TABLE catga_version"))

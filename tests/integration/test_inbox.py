@@ -104,7 +104,7 @@ def test_effects_messages_and_the_inbox_commit_together(app):
     assert [name for name, _ in enqueued(app)] == ["follow"]
 
 
-def test_a_duplicate_returns_the_first_ones_result(app):
+def test_19_a_duplicate_returns_the_first_ones_result(app):
     """Scenario 19: a redelivery after the commit runs nothing, returns the stored result and is counted."""
     charging = task(app, charge)
     link = {"callbacks": [app.tasks["follow"].s()]}
@@ -131,7 +131,7 @@ def test_what_follows_goes_out_again_under_the_same_ids(app):
     assert [name for name, _ in enqueued(app)].count("again") == 1
 
 
-def test_concurrent_duplicates_run_once(postgres_app):
+def test_19_concurrent_duplicates_run_once(postgres_app):
     """Scenario 19: a redelivery while the first delivery still runs waits for it, and then sees it."""
     entered, go_on = threading.Event(), threading.Event()
 
@@ -179,7 +179,7 @@ def test_a_failure_rolls_back_and_is_kept(app):
     assert rows(app, "SELECT error FROM catga_inbox") == [("ValueError: no",)]
 
 
-def test_a_retry_is_kept_though_the_effects_roll_back(app):
+def test_20_a_retry_is_kept_though_the_effects_roll_back(app):
     """Scenario 20: `self.retry` and autoretry_for leave the next attempt in the outbox, due later, once."""
 
     def flaky(self, word):
@@ -206,7 +206,7 @@ def test_a_retry_is_kept_though_the_effects_roll_back(app):
     assert [entry[:2] for entry in entries(app)] == [("automatic", 0), ("flaky", 0), ("flaky", 1)]
 
 
-def test_the_last_retry_fails_once(app):
+def test_20_the_last_retry_fails_once(app):
     """max_retries: the attempt after the last one fails, with its handlers run once, duplicates or not."""
     failures = []
 
@@ -334,7 +334,7 @@ def test_a_result_that_cant_be_held_fails_before_the_commit(app):
     assert deliver(app.tasks["strange"], "b", task_id="2", ignore_result=True).info is None
 
 
-def test_a_database_that_goes_away_is_no_failure(postgres_app, monkeypatch):
+def test_04_a_database_that_goes_away_is_no_failure(postgres_app, monkeypatch):
     """Scenario 4: the task's connection is cut amid the task, and at its commit: its message goes back."""
     monkeypatch.setattr("catga_tasks.worker.OUTAGE_SECONDS", (0.01, 0.01))
 
@@ -354,7 +354,7 @@ def test_a_database_that_goes_away_is_no_failure(postgres_app, monkeypatch):
     assert (effects(postgres_app), entries(postgres_app)) == ([], [])
 
 
-def test_a_serialization_failure_is_no_failure(postgres_app, monkeypatch):
+def test_15_a_serialization_failure_is_no_failure(postgres_app, monkeypatch):
     """Scenario 15: the transaction that the database chose as a victim is run again."""
     monkeypatch.setattr("catga_tasks.worker.OUTAGE_SECONDS", (0.01, 0.01))
     app = postgres_app
@@ -423,7 +423,7 @@ def test_a_result_backend_hears_of_it_after_the_commit(app, redis_url):
         charging.AsyncResult("2").get(timeout=5)
 
 
-def test_the_inbox_forgets_after_its_retention(app):
+def test_19_the_inbox_forgets_after_its_retention(app):
     """Scenario 19: a duplicate after the inbox's retention runs again; running deliveries aren't forgotten."""
     charging = task(app, charge)
     deliver(charging, "a")

@@ -28,7 +28,7 @@ def test_an_outage_is_also_celerys_operational_error():
     assert issubclass(OutboxOperationalError, (errors.OutboxUnavailable, OperationalError))
 
 
-@pytest.mark.parametrize("module", ["redis", "psycopg", "nats", "flower", "opentelemetry"])
+@pytest.mark.parametrize("module", ["redis", "psycopg", "nats", "flower", "opentelemetry", "pytest"])
 def test_extras_are_not_imported(module):
     code = f"import sys, catga_tasks; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
