@@ -187,6 +187,13 @@ class Catga(Celery):
         finally:
             _collector.reset(token)
 
+    def asks_inbox(self, name: str) -> bool:
+        """Return whether a task's duplicates are told apart; by the application's `task_delivery` if it isn't known."""
+        task = self._tasks.get(name) if isinstance(self._tasks, dict) else None
+        if task is None:
+            return self.catga_settings.task_delivery == "effectively_once"
+        return bool(task.delivery == "effectively_once" or task.deduplicate)
+
     def bypasses_outbox(self, name: str, producer: Any) -> bool:
         """Return whether a message goes straight to the broker: at most once, or the caller names another broker."""
         task = self._tasks.get(name) if isinstance(self._tasks, dict) else None

@@ -31,6 +31,10 @@ CONNECT_TIMEOUT = 10
 BUSY_TIMEOUT = 20
 
 
+#: Connections that are kept open between uses.
+POOL_SIZE = 20
+
+
 def open_engine(source: object) -> Engine:
     """Return the engine of `Catga(outbox=...)`; raise `ConfigurationError` that says what is wrong with it."""
     if isinstance(source, Engine):
@@ -138,4 +142,6 @@ def _connected(url: URL) -> Engine:
     bounds = {"psycopg": ("connect_timeout", CONNECT_TIMEOUT), "pysqlite": ("timeout", BUSY_TIMEOUT)}
     bound = bounds.get(dialect.driver)
     limits = dict([bound]) if bound and bound[0] not in url.query else {}
-    return create_engine(url, connect_args=limits, pool_pre_ping=True)
+    # A connection for each thread that is at it, however many a worker has; SQLite's pools take no sizes for memory.
+    sizes = {"pool_size": POOL_SIZE, "max_overflow": -1} if dialect.name == "postgresql" else {}
+    return create_engine(url, connect_args=limits, pool_pre_ping=True, **sizes)

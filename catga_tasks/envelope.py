@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 
+#: A header of messages whose tasks ask the inbox: when they were due, in seconds since 1970 by their sender's clock.
+DUE_AT = "catga_due_at"
+
+
 class Envelope(NamedTuple):
     """One message as kombu would have published it: serialized, compressed, with its headers and properties.
 

@@ -19,7 +19,7 @@ from kombu.exceptions import EncodeError
 from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import inbox, outcome
-from catga_tasks.worker import give_back, key_of
+from catga_tasks.worker import give_back, is_too_old, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,11 @@ class Leased:
 
     def _taken(self) -> bool:
         with self._engine.begin() as connection:
-            return inbox.take_lease(connection, self._key, self.task.name, owner=self._owner, seconds=self._seconds)
+            name = self.task.name
+            taken = inbox.take_lease(connection, self._key, name, owner=self._owner, seconds=self._seconds)
+            if taken and is_too_old(self.task, self._request):
+                inbox.count(connection, name, too_old=1)
+            return taken
 
     def _met(self) -> Any:
         """Repeat the outcome of a message that is done; postpone one that somebody runs."""

@@ -6,6 +6,7 @@ lets kombu prepare the message as always and keeps it as an envelope instead of 
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from kombu.utils.json import JSONEncoder
 
 from catga_tasks import deferral
 from catga_tasks.brokers import generic
-from catga_tasks.envelope import Envelope
+from catga_tasks.envelope import DUE_AT, Envelope
 from catga_tasks.errors import OutboxUnavailable
 
 if TYPE_CHECKING:
@@ -161,9 +162,14 @@ class OutboxAMQP(AMQP):
         eta = None if countdown else _eta(headers.get("eta"))
         calls, backend = riding
         task_id = headers.get("id") or properties["correlation_id"]
+        task = headers.get("task") or message.body["task"]
+        if self.app.asks_inbox(task):
+            # Not before it is due: that is when its life on brokers and workers begins.
+            due = time.time() + (countdown or 0) if eta is None else eta.timestamp()
+            headers = {**headers, DUE_AT: round(due, 3)}
         return Envelope(
             task_id=task_id,
-            task=headers.get("task") or message.body["task"],
+            task=task,
             queue=queue,
             exchange=prepared["exchange"],
             routing_key=prepared["routing_key"] or "",

@@ -20,11 +20,12 @@ from sqlalchemy.orm import Session
 
 from catga_tasks import current, inbox, outcome, retry
 from catga_tasks.database import in_one_line, is_passing
+from catga_tasks.envelope import DUE_AT
 from catga_tasks.errors import ConfigurationError, MigrationRequired
 from catga_tasks.links import fix_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from catga_tasks.envelope import Envelope
 
@@ -123,6 +124,8 @@ class Once:
             answer = outcome.repeat(self.task, self._task_id, self._request, seen)
             self._after.append(lambda: outcome.tell(self.task, self._task_id, self._request, seen))
         else:
+            if is_too_old(self.task, self._request):
+                inbox.count(self.session.connection(), self.task.name, too_old=1)
             answer = self._traced(tracer)
         if not self.session.in_transaction():
             return answer, False
@@ -284,6 +287,15 @@ class Here(Once):
 
 class _Untold(Exception):
     """The task is committed, and the result backend doesn't know."""
+
+
+def is_too_old(task: Any, request: Mapping[str, Any]) -> bool:
+    """Return whether the inbox may have forgotten this message: it was due before what the inbox still remembers.
+
+    It runs, for it may well be its first delivery. By the clocks of sender and worker: only a count depends on it.
+    """
+    due, retention = request.get(DUE_AT), task.app.catga_settings.inbox_retention
+    return retention is not None and isinstance(due, (int, float)) and time.time() - due > retention
 
 
 def key_of(task_id: str, request: dict[str, Any]) -> inbox.Key:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 import uuid
 
 import pytest
@@ -434,6 +436,22 @@ def test_19_the_inbox_forgets_after_its_retention(app):
         connection.execute(sa.text("UPDATE catga_inbox SET received_at = '2000-01-01 00:00:00'"))
         assert inbox.expire(connection, 3600, 10) == 1
     assert entries(app) == [("leased", 0, 0, "STARTED")]
+
+
+def test_19_messages_too_old_to_tell_are_counted(app):
+    """Scenario 19: one that was due before all that the inbox remembers runs, and is counted for `outbox status`."""
+    charging = task(app, charge)
+    day = 86400
+    app.conf.inbox_retention = 7 * day
+    charging.delay("x")
+    ((headers,),) = rows(app, "SELECT headers FROM catga_outbox")
+    due = json.loads(headers)["catga_due_at"]
+    assert abs(due - time.time()) < 60
+    deliver(charging, "a", task_id="1", catga_due_at=due - 6 * day)
+    assert rows(app, "SELECT task, too_old FROM catga_inbox_counts") == []
+    deliver(charging, "b", task_id="2", catga_due_at=due - 8 * day)
+    assert rows(app, "SELECT task, too_old FROM catga_inbox_counts") == [("charge", 1)]
+    assert effects(app) == ["a", "b"]
 
 
 def test_a_relay_forgets_in_small_batches(app):

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from catga_tasks import Catga, CatgaError, ConfigurationError, MigrationRequired
+from catga_tasks import Catga, CatgaError, ConfigurationError, MigrationRequired, current_session
 from catga_tasks.enqueue import Outbox
 from catga_tasks.relay import Relay
 
@@ -40,6 +40,13 @@ def tracks(plain: sessionmaker[Session], scoped: scoped_session[Session], others
     app.outbox.track(scoped)
     app.outbox.track(others)
     app.outbox.track(engine)  # type: ignore[arg-type]
+
+
+@app.task(delivery="effectively_once")
+def charge(order: int) -> int:
+    """A task's own transaction is a session's."""
+    assert_type(current_session(), Session)
+    return order
 
 
 def errors(error: CatgaError) -> Sequence[type[ConfigurationError]]:
