@@ -18,12 +18,13 @@ from celery.result import result_from_tuple
 from kombu import Connection, pools
 from kombu.utils.json import loads
 
-from catga_tasks import bulk, current, deferral
+from catga_tasks import bulk, current, deferral, logs, runs
 from catga_tasks.brokers import KombuPublisher, Publisher
 from catga_tasks.config import Settings
 from catga_tasks.database import masked_url
 from catga_tasks.enqueue import Outbox
 from catga_tasks.errors import ConfigurationError, OutboxUnavailable
+from catga_tasks.gauges import Gauges
 from catga_tasks.producer import (
     OutboxOperationalError,
     OutboxProducer,
@@ -90,11 +91,14 @@ class Catga(Celery):
         # It was made by Celery, and others may hold it already.
         object.__setattr__(self._conf, "__class__", MaskedSettings)
         self._outbox_source = outbox
+        self._systems: dict[str, str] = {}
         # Late acknowledgement and its requeue are what "at least once" means on the worker's side.
         defaults = {"task_acks_late": True, "task_reject_on_worker_lost": True}
         self.add_defaults({**defaults, "worker_consumer": "catga_tasks.dead_letters:Consumer"})
         self.user_options["worker"].add(_relay_option())
         self.steps["worker"].add("catga_tasks.embedded:RelayStep")
+        runs.listen()
+        logs.install()
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802 - Celery's name
@@ -225,9 +229,10 @@ class Catga(Celery):
                 queues=queues,
                 published=partial(self._announce, name),
                 result_expires=self._result_expires,
+                system=self.messaging_system(name),
             )
             for name in names
-        ])  # fmt: skip
+        ], Gauges(self.outbox.engine).read)  # fmt: skip
 
     @property
     def _result_expires(self) -> float | None:
@@ -245,6 +250,14 @@ class Catga(Celery):
         elif connection.transport.driver_type == "nats":
             from catga_tasks.brokers.nats_publisher import NatsPublisher as kind  # noqa: N813
         return kind(partial(self._publishing_connection, broker), self.amqp.entities, self.call_backend)
+
+    def messaging_system(self, broker: str = "") -> str:
+        """Return what OpenTelemetry calls the broker of this name: "redis", "nats", "rabbitmq" ..."""
+        found = self._systems.get(broker)
+        if found is None:
+            kind = str(self.connection_to(broker).transport.driver_type)
+            found = self._systems[broker] = {"amqp": "rabbitmq"}.get(kind, kind)
+        return found
 
     def connection_to(self, broker: str = "", **options: Any) -> Connection:
         """Return a connection for publishing to the broker of this name, or to the application's own."""

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from catga_tasks import admin, migrate
+from catga_tasks import admin, health, migrate
 from catga_tasks.commands import (
     application,
     as_json_option,
@@ -25,6 +25,7 @@ from catga_tasks.commands import (
     console_for_people,
     everything_option,
     letters,
+    max_age_option,
     option,
     selecting,
     yes_option,
@@ -135,6 +136,32 @@ def status_command(app: Catga, *, as_json: bool) -> None:
     else:
         _draw_status(found)
     context.exit(NO_RELAY if waiting and not found["relays"] else HEALTHY)
+
+
+@command(outbox, "check")
+@max_age_option
+@option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=health.TIMEOUT,
+    show_default=True,
+    help="Seconds that the checks may take.",
+)
+@as_json_option
+def check_command(app: Catga, *, max_age: float, timeout: float, as_json: bool) -> None:
+    """Tell a probe whether a message could go through now.
+
+    Asked are the database, its schema, the relays, the age of what waits, and, by a real round trip, the broker.
+
+    Exit status: 0 it could, 1 it would wait in the outbox, 2 it couldn't even be enqueued.
+    """
+    found = health.check(app, max_age=max_age, timeout=timeout)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        for each in found.checks:
+            click.echo(f"{'green' if each.ok else 'RED  '}  {each.name}: {each.detail}")
+    click.get_current_context().exit(found.status)
 
 
 @command(outbox, "dev")

@@ -77,6 +77,10 @@ def selecting(function: Any) -> Any:
     return select
 
 
+max_age_option = option(
+    "--max-age", callback=_age, default="5m", metavar="AGE", show_default=True,
+    help="How long a message may have been due: 90s, 15m, 2h, 7d.",
+)  # fmt: skip
 as_json_option = option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 everything_option = option("--all", "everything", is_flag=True, help_group="Selection", help="All of them.")
 yes_option = option("--yes", "-y", is_flag=True, help="Don't ask for a confirmation.")

@@ -105,7 +105,7 @@ class Outbox:
         `independent` keeps them out of the current transaction: a retry must survive its rollback. Raises
         `TransactionRequired`, `MigrationRequired` or `OutboxUnavailable`; nothing was enqueued then.
         """
-        target = self._current()
+        target = self.current_target()
         if target is not None and not independent:
             target.add(entries)
             return
@@ -148,7 +148,8 @@ class Outbox:
             self._waker = Waker(engine)
         self._waker.wake()
 
-    def _current(self) -> Target | None:
+    def current_target(self) -> Target | None:
+        """Return the transaction that a message would be enqueued in, or None."""
         targets = self._targets.get()
         for target in reversed(targets):
             if target.alive():

@@ -50,10 +50,12 @@ class Envelope(NamedTuple):
     delay: float = 0.0
     #: ... or not before this moment.
     eta: datetime | None = None
+    #: What its trace calls its creation; the insert ends it.
+    creation: Any = None
 
 
 #: The columns that a row and its envelope share: the first fields of `Envelope`, in their order.
-STORED = tuple(name for name in Envelope._fields if name not in ("delay", "eta"))
+STORED = tuple(name for name in Envelope._fields if name not in ("delay", "eta", "creation"))
 
 
 class Row(NamedTuple):
@@ -70,6 +72,8 @@ class Row(NamedTuple):
     age: float = 0.0
     #: The row was held back until its ETA.
     scheduled: bool = False
+    #: Since when it could have run, in seconds since 1970 by the database's clock; None for an ETA that is long past.
+    ready_at: float | None = None
 
 
 def outgoing(row: Row) -> Envelope:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy import text
 
+from catga_tasks import telemetry
 from catga_tasks.envelope import STORED, Envelope, Row
-from catga_tasks.tables import MESSAGE_COLUMNS, UTCDateTime, dialect, later, now, seconds_since
+from catga_tasks.tables import MESSAGE_COLUMNS, UTCDateTime, dialect, epoch, later, now, seconds_since
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -42,14 +43,16 @@ _COUNT = len(STORED)
 
 def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
     """Insert the messages, without a round trip a row: by COPY where psycopg can, by one executemany elsewhere."""
+    rest = envelopes
     if len(envelopes) > 1 and (cursor := _copier(connection)) is not None:
         ready = [envelope for envelope in envelopes if not _scheduled(envelope)]
         with cursor, cursor.copy(_COPY) as copy:
             for envelope in ready:
                 copy.write_row(envelope[:_COUNT])
-        envelopes = [envelope for envelope in envelopes if _scheduled(envelope)]
-    if envelopes:
-        connection.execute(_ADD[dialect(connection)], [_parameters(envelope) for envelope in envelopes])
+        rest = [envelope for envelope in envelopes if _scheduled(envelope)]
+    if rest:
+        connection.execute(_ADD[dialect(connection)], [_parameters(envelope) for envelope in rest])
+    telemetry.stored(envelopes)
 
 
 def claim(
@@ -95,8 +98,7 @@ def claim_statement(
         conditions.append("queue = :queue")
     moment = "CAST(available_at AS text)" if postgresql else "available_at"
     return text(
-        f"SELECT id, {_NAMES}, attempts, history, suspect, scheduled, "
-        f"{seconds_since(connection, 'created_at')} AS age, {moment} AS due_at "
+        f"SELECT id, {_NAMES}, {_state(connection)}, {moment} AS due_at "
         f"FROM catga_outbox WHERE {' AND '.join(conditions)} ORDER BY available_at, id LIMIT :limit"
         + (" FOR UPDATE SKIP LOCKED" if postgresql else "")
     )
@@ -106,7 +108,7 @@ def claim_ids(connection: Connection, ids: Iterable[int]) -> list[Row]:
     """Return those of these rows that still exist and that nobody else has locked."""
     postgresql = dialect(connection) == "postgresql"
     statement = text(
-        f"SELECT id, {_NAMES}, attempts, history, suspect, scheduled, {seconds_since(connection, 'created_at')} AS age "
+        f"SELECT id, {_NAMES}, {_state(connection)} "
         "FROM catga_outbox WHERE id IN :ids ORDER BY id" + (" FOR UPDATE SKIP LOCKED" if postgresql else "")
     ).bindparams(sa.bindparam("ids", expanding=True))
     return [_row(values, postgresql=postgresql) for values in connection.execute(statement, {"ids": list(ids)})]
@@ -206,6 +208,16 @@ def next_due(connection: Connection, *, broker: str = "", queue: str | None = No
     return None if wait is None else max(0.0, float(wait))
 
 
+def oldest_age(connection: Connection) -> float | None:
+    """Return for how many seconds the longest due row has been due, or None, by one probe of the index a broker."""
+    statement = text(
+        f"SELECT {seconds_since(connection, 'available_at')} FROM catga_outbox WHERE broker = :broker "
+        "ORDER BY available_at, id LIMIT 1"
+    )
+    ages = [connection.execute(statement, {"broker": broker}).scalar() for broker in ("", *brokers(connection))]
+    return max((float(age) for age in ages if age is not None and age >= 0), default=None)
+
+
 def brokers(connection: Connection) -> list[str]:
     """Return the brokers that rows wait for, by one probe of the index each."""
     statement = text("SELECT min(broker) FROM catga_outbox WHERE broker > :last")
@@ -213,6 +225,11 @@ def brokers(connection: Connection) -> list[str]:
     while (name := connection.execute(statement, {"last": found[-1] if found else ""}).scalar()) is not None:
         found.append(name)
     return found
+
+
+def clock(connection: Connection) -> float:
+    """Return the database's clock: seconds since 1970."""
+    return float(connection.execute(text(f"SELECT {epoch(connection, 'now')}")).scalar_one())
 
 
 def notify(connection: Connection) -> None:
@@ -237,6 +254,17 @@ def _copier(connection: Connection) -> Any:
     return driver.cursor()
 
 
+def _state(connection: Connection) -> str:
+    """Return the columns that `_row` reads behind the stored ones."""
+    ready = (
+        f"CASE WHEN NOT scheduled THEN {epoch(connection, 'created_at')} "
+        f"WHEN attempts = 0 THEN {epoch(connection, 'available_at')} END"
+    )
+    return (
+        f"attempts, history, suspect, scheduled, {seconds_since(connection, 'created_at')} AS age, {ready} AS ready_at"
+    )
+
+
 def _by_ids(connection: Connection, statement: str, ids: Sequence[int]) -> None:
     if not ids:
         return
@@ -248,10 +276,10 @@ def _by_ids(connection: Connection, statement: str, ids: Sequence[int]) -> None:
 
 
 def _row(values: Sequence[Any], *, postgresql: bool) -> Row:
-    """Build a row from a statement's first columns: id, the stored ones, attempts, history, the flags and the age."""
+    """Build a row from a statement's first columns: id, the stored ones, and those of `_state`."""
     envelope = Envelope(*values[1 : 1 + _COUNT])
-    attempts, history, suspect, scheduled, age = values[1 + _COUNT : 6 + _COUNT]
+    attempts, history, suspect, scheduled, age, ready_at = values[1 + _COUNT : 7 + _COUNT]
     if postgresql:
-        return Row(values[0], envelope, attempts, history, suspect, age, scheduled)
+        return Row(values[0], envelope, attempts, history, suspect, age, scheduled, ready_at)
     envelope = envelope._replace(send_event=bool(envelope.send_event))
-    return Row(values[0], envelope, attempts, history, bool(suspect), float(age), bool(scheduled))
+    return Row(values[0], envelope, attempts, history, bool(suspect), float(age), bool(scheduled), ready_at)

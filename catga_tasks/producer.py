@@ -17,7 +17,7 @@ from kombu import Connection, Exchange, Producer
 from kombu.exceptions import OperationalError
 from kombu.utils.json import JSONEncoder
 
-from catga_tasks import deferral
+from catga_tasks import deferral, telemetry
 from catga_tasks.brokers import generic
 from catga_tasks.envelope import DUE_AT, Envelope
 from catga_tasks.errors import OutboxUnavailable
@@ -136,22 +136,53 @@ class OutboxAMQP(AMQP):
             broker = _broker(options)
             if broker:
                 app.catga_settings.broker(broker)
-            if app.bypasses_outbox(name, given):
+            straight = app.bypasses_outbox(name, given)
+
+            def keep(prepared: dict[str, Any]) -> None:
+                envelope = self.envelope(prepared, message, queue_name(options.get("queue")), riding)
+                app.enqueue([envelope._replace(broker=broker, creation=creation) if broker or creation else envelope])
+
+            with self._creation(name, options, broker, straight=straight) as creation:
+                if not straight:
+                    return send(_Recording(producer, keep), name, message, **options)
+                started = time.perf_counter()
                 with app.direct_producer(broker) if given is producer else nullcontext(given) as direct:
                     calls, backend = riding
                     if calls:
                         app.call_backend(_encode(calls))
                     if backend is not None:
                         backend.catga_on_task_call(direct, message.properties["correlation_id"])
-                    return send(direct, name, message, **options)
-
-            def keep(prepared: dict[str, Any]) -> None:
-                envelope = self.envelope(prepared, message, queue_name(options.get("queue")), riding)
-                app.enqueue([envelope._replace(broker=broker) if broker else envelope])
-
-            return send(_Recording(producer, keep), name, message, **options)
+                    answer = send(direct, name, message, **options)
+                telemetry.sent(app.messaging_system(broker), [_destination(options)], time.perf_counter() - started)
+                if creation:
+                    creation.end(1, message.properties["correlation_id"])
+                return answer
 
         return send_task_message
+
+    def _creation(self, name: str, options: dict[str, Any], broker: str, *, straight: bool) -> Any:
+        """Put the trace into the message's headers; return its creation, or None, as a context manager."""
+        headers = options.get("headers") or {}
+        if telemetry.READY_AT in headers or telemetry.MESSAGE_ID in headers:
+            # A retry has its message's own headers, but another row.
+            own = (telemetry.READY_AT, telemetry.MESSAGE_ID)
+            headers = options["headers"] = {name: value for name, value in headers.items() if name not in own}
+        if telemetry.tracer() is None:
+            return nullcontext()
+        from catga_tasks import tracing
+
+        creation = tracing.create(
+            "send" if straight else "create",
+            name,
+            _destination(options),
+            system=self.app.messaging_system(broker),
+            carried=headers,
+            target=None if straight else self.app.outbox.current_target(),
+        )
+        if creation is None:
+            return nullcontext()
+        options["headers"] = {**headers, **creation.headers}
+        return creation
 
     def envelope(self, prepared: dict[str, Any], message: Any, queue: str | None, riding: tuple[Any, Any]) -> Envelope:
         """Turn a prepared message into an envelope, with what `deferral.taken` gave."""
@@ -218,6 +249,10 @@ def _broker(options: dict[str, Any]) -> str:
         return ""
     options["headers"] = {**headers, "catga_broker": name}
     return str(name)
+
+
+def _destination(options: dict[str, Any]) -> str:
+    return queue_name(options.get("queue")) or options.get("routing_key") or ""
 
 
 def queue_name(queue: Any) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from catga_tasks import retry
+from catga_tasks import retry, telemetry
 from catga_tasks.brokers.contract import Receipt
 from catga_tasks.claims import Claims
 from catga_tasks.errors import BrokerUnavailable, LeaseLost
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from catga_tasks.brokers import Publisher
     from catga_tasks.config import Settings
-    from catga_tasks.envelope import Envelope
+    from catga_tasks.envelope import Envelope, Row
+    from catga_tasks.telemetry import Snapshot
 
 logger = logging.getLogger("catga_tasks.relay")
 
@@ -43,8 +44,9 @@ OUTAGE_SECONDS = (0.1, 15.0)
 class Relay:
     """One relay, with a lane for each broker. Any number may run side by side; `run` returns after `stop`."""
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
+    def __init__(self, lanes: Sequence[Lane], snapshot: Callable[[], Snapshot | None] = lambda: None) -> None:
         self.lanes = tuple(lanes)
+        self._snapshot = snapshot
 
     @property
     def published(self) -> int:
@@ -54,6 +56,7 @@ class Relay:
     def run(self) -> None:
         """Work until `stop`. Outages of a broker or the database are waited out."""
         first, *others = self.lanes
+        telemetry.observe(self._snapshot)
         threads = [threading.Thread(target=lane.run, name=f"catga-outbox-{lane.broker}") for lane in others]
         for thread in threads:
             thread.start()
@@ -63,6 +66,7 @@ class Relay:
             self.stop()
             for thread in threads:
                 thread.join()
+            telemetry.forget(self._snapshot)
 
     def run_once(self) -> int:
         """Publish what is due now and return how many messages the brokers confirmed.
@@ -104,7 +108,8 @@ class Lane:
     """A relay's way to one broker.
 
     `brokers` are the names of all that the relay has a lane for. `published` is called with the envelopes of each batch
-    that the broker confirmed. `result_expires` is how long results are kept, in seconds; None keeps them.
+    that the broker confirmed. `result_expires` is how long results are kept, in seconds; None keeps them. `system` is what
+    telemetry calls the broker.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Lane:
         queues: Sequence[str] = (),
         published: Callable[[list[Envelope]], None] | None = None,
         result_expires: float | None = None,
+        system: str = "",
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.broker = broker
@@ -126,6 +132,7 @@ class Lane:
         self._publisher = publisher
         self._settings = settings
         self._on_published = published
+        self._system = system
         self._claims = Claims(
             engine, settings, relay=self.id, broker=broker, queues=queues, result_expires=result_expires
         )
@@ -215,7 +222,7 @@ class Lane:
             return 0
         started = time.monotonic()
         try:
-            receipt = self._publisher.publish(rows)
+            receipt = self._publish(rows)
         except Exception as problem:
             # Nobody foresaw it, so a row may be to blame: each is tried alone, and one that fails alone is counted.
             logger.exception("Relay %s: the publisher failed.", self.id)
@@ -241,7 +248,12 @@ class Lane:
         )
         for row, error in receipt.rejected:
             logger.warning(
-                "Message %d (task %s, id %s) failed: %s", row.id, row.envelope.task, row.envelope.task_id, error
+                "Message %d (task %s, id %s) failed: %s",
+                row.id,
+                row.envelope.task,
+                row.envelope.task_id,
+                error,
+                extra=_fields(row),
             )
         if receipt.outage is not None:
             self._failures += 1
@@ -252,6 +264,20 @@ class Lane:
         if self._on_published and receipt.confirmed:
             self._on_published([row.envelope for row in receipt.confirmed])
         return len(rows)
+
+    def _publish(self, rows: Sequence[Row]) -> Receipt:
+        if not telemetry.on():
+            return self._publisher.publish(rows)
+        from catga_tasks import tracing
+
+        publishing = tracing.Publishing(rows, self._system)
+        try:
+            receipt = self._publisher.publish(publishing.rows)
+        except BaseException as error:
+            publishing.fail(error)
+            raise
+        publishing.done(receipt)
+        return receipt
 
     def _recovered(self) -> None:
         self._failures = 0
@@ -315,3 +341,13 @@ class Lane:
             logger.warning("Relay %s ends without a farewell: the database is out.", self.id)
         self._listener.close()
         logger.info("Relay %s ends: %d published.", self.id, self.published)
+
+
+def _fields(row: Row) -> dict[str, object]:
+    """Return what a line about this row carries, for structured logs."""
+    return {
+        "message_id": row.id,
+        "task_id": row.envelope.task_id,
+        "task_name": row.envelope.task,
+        "trace_id": telemetry.trace_id(row.envelope.headers),
+    }

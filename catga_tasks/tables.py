@@ -261,6 +261,14 @@ def later(connection: Connection, parameter: str) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f', 'now', :{parameter} || ' seconds')"
 
 
+def epoch(connection: Connection, moment: str) -> str:
+    """Return the SQL of the seconds from 1970 to a column, or to `now`."""
+    if dialect(connection) == "postgresql":
+        return f"CAST(extract(epoch FROM {'clock_timestamp()' if moment == 'now' else moment}) AS float8)"
+    moment = "'now'" if moment == "now" else moment
+    return f"(julianday({moment}) - 2440587.5) * 86400.0"
+
+
 def seconds_since(connection: Connection, column: str) -> str:
     """Return the SQL of the seconds from `column` until now."""
     if dialect(connection) == "postgresql":

@@ -28,6 +28,10 @@ class Publisher(Protocol):
         """Send the rows in their order and wait for the broker's confirmation of each."""
         ...
 
+    def probe(self, queues: Sequence[str]) -> None:
+        """Raise `BrokerUnavailable` unless a message to each of these queues could go through; leave none behind."""
+        ...
+
     def close(self) -> None:
         """Close the connection; the next publish opens another."""
         ...

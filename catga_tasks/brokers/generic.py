@@ -123,6 +123,19 @@ class KombuPublisher:
         """Make a real round trip to the broker; raise `BrokerUnavailable` if there is no answer."""
         self._opened()
 
+    def probe(self, queues: Sequence[str]) -> None:
+        """Show that a message could go to these queues now, and leave none behind; raise `BrokerUnavailable` if not.
+
+        Here the broker is asked for each queue, as before a publish.
+        """
+        producer = self._opened()
+        try:
+            for queue in queues:
+                for entity in self._entities(queue):
+                    producer.maybe_declare(entity)
+        except Exception as error:
+            self.give_up(error)
+
     def _opened(self) -> Producer:
         try:
             return self.producer()

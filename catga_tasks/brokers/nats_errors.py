@@ -36,6 +36,10 @@ class StreamGone(CatgaError):
     """Nobody stores what is published to this subject."""
 
 
+class Full(CatgaError):
+    """What is published now isn't stored, for there is no room."""
+
+
 #: What one queue or one message is to blame for, while the server takes those of others.
 AT_FAULT = (MessageRejected, ChannelError, StreamConflict)
 #: The server's codes for an account or a server without JetStream. Its other answers of 503 pass: no leader yet.

@@ -69,6 +69,15 @@ class NatsPublisher(KombuPublisher):
         except Exception as error:
             self.give_up(error)
 
+    def probe(self, queues: Sequence[str]) -> None:
+        """Ask JetStream for room in each queue's stream, and publish what it refuses only after all else is fine."""
+        try:
+            nats = self.producer().channel.nats
+            for queue in queues:
+                nats.call(nats.streams.probe(queue))
+        except Exception as error:
+            self.give_up(error)
+
     def _entries(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, Any]]:
         entries = []
         for row in rows:

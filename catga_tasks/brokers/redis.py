@@ -78,6 +78,18 @@ class RedisPublisher(KombuPublisher):
         except Exception as error:
             self.give_up(error)
 
+    def probe(self, queues: Sequence[str]) -> None:
+        """Push to each queue and take it back in one transaction: who is full or read-only answers a ping."""
+        try:
+            channel = self.producer().channel
+            with channel.conn_or_acquire() as client, client.pipeline(transaction=True) as pipeline:
+                for key in (channel._q_for_pri(queue, channel.min_priority) for queue in queues):
+                    pipeline.lpush(key, "")
+                    pipeline.lpop(key)
+                pipeline.execute()
+        except Exception as error:
+            self.give_up(error)
+
     def _pushes(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, str, str]]:
         pushes = []
         # A random name for the batch, with the row's number: one for each message took a fifth of the time.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nats.js import api
 from nats.js import errors as js_errors
 
-from catga_tasks.brokers.nats_errors import StreamConflict
+from catga_tasks.brokers.nats_errors import Full, StreamConflict, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +23,10 @@ MAX_WAITING = 4096
 EXPIRES = "catga-expires"
 #: Expired queues are looked for no more often than this, in seconds.
 SWEEP_SECONDS = 60.0
+#: The room that a message needs at least, in bytes: a full stream has less left, not none.
+PROBE_BYTES = 1024
+#: How the server refuses a message for the sequence that it expects.
+_WRONG_SEQUENCE = "wrong last sequence"
 #: The server's code for a stream of that name with another configuration.
 _STREAM_EXISTS = 10058
 
@@ -163,6 +167,30 @@ class Streams:
         moments = [stream.created, *(each.delivered.last_active for each in consumers if each.delivered)]
         known = [moment for moment in moments if moment is not None]
         return (dt.datetime.now(dt.UTC) - max(known)).total_seconds() if known else 0.0
+
+    async def probe(self, queue: str) -> None:
+        """Raise what a message to the queue would meet now; none is stored. A stream that isn't there would be made."""
+        js, settings = self._connection.js, self._connection.settings
+        account = await js.account_info()
+        if 0 < account.limits.max_storage <= account.storage + PROBE_BYTES:
+            raise Full("NATS: the account's storage is full.")
+        try:
+            found = await js.stream_info(settings.stream(queue))
+        except js_errors.NotFoundError:
+            return
+        limits, state = found.config, found.state
+        if limits.discard == api.DiscardPolicy.NEW and (
+            0 < (limits.max_msgs or 0) <= state.messages or 0 < (limits.max_bytes or 0) <= state.bytes + PROBE_BYTES
+        ):
+            message = f"NATS: the stream of queue {queue} is full."
+            raise Full(message)
+        subject = settings.subject(queue, settings.priority_steps[0])
+        answer = await self._connection.nats.request(
+            subject, b"", settings.publish_timeout, headers={"Nats-Expected-Last-Sequence": str(2**63)}
+        )
+        problem = refusal(answer)
+        if problem is not None and _WRONG_SEQUENCE not in str(problem):
+            raise problem
 
     async def counts(self, queue: str) -> tuple[int, int]:
         """Return how many messages are ready, and how many workers hold."""
