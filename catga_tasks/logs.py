@@ -26,12 +26,16 @@ class Fields(logging.Filter):
         for name, value in _known().items():
             if getattr(record, name, None) is None:
                 setattr(record, name, value)
-        words = record.getMessage()
+        try:
+            words = record.getMessage()
+        except (TypeError, ValueError):
+            return True  # the handlers say that its words and arguments don't fit
         missing = {name: str(value) for name in SHOWN if (value := getattr(record, name, None)) is not None}
         missing = {name: value for name, value in missing.items() if value not in words}
         if missing:
             added = ", ".join(f"{name}={value}" for name, value in missing.items())
-            record.msg, record.args = f"{record.msg} [%s]", (*_args(record), added)
+            template, args = _template(record)
+            record.msg, record.args = f"{template} [%s]", (*args, added)
         return True
 
 
@@ -56,8 +60,8 @@ def _known() -> dict[str, Any]:
     }
 
 
-def _args(record: logging.LogRecord) -> tuple[Any, ...]:
+def _template(record: logging.LogRecord) -> tuple[str, tuple[Any, ...]]:
+    """Return the words and their arguments; without any, logging takes a percent sign for itself."""
     if not record.args:
-        record.msg = str(record.msg).replace("%", "%%")
-        return ()
-    return record.args if isinstance(record.args, tuple) else (record.args,)
+        return str(record.msg).replace("%", "%%"), ()
+    return str(record.msg), record.args if isinstance(record.args, tuple) else (record.args,)
