@@ -17,7 +17,7 @@ import flower.urls
 from flower.views import BaseHandler
 from tornado.template import Loader, Template
 
-from catga_tasks import web
+from catga_tasks import monitor, web
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: A page waits no longer than this for the broker, in seconds.
 PAGE_SECONDS = 3.0
 #: Everything that we answer to, put before Flower's last handler, which answers 404 to the rest.
-HANDLERS = [*web.HANDLERS]
+HANDLERS = [*monitor.HANDLERS, *web.HANDLERS]
 
 _TAB = b"""
         <li class="nav-item">
@@ -79,6 +79,7 @@ def install() -> None:
     flower.urls.handlers[-1:-1] = HANDLERS
     templates = Path(__file__).with_name("templates")
     flower.urls.settings["template_loader"] = Templates(str(templates), flower.urls.settings["template_path"])
+    monitor.extend_metrics()
     _teach_brokers()
     _follow_start()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import admin
@@ -32,6 +32,7 @@ class Gauges:
         self._lock = threading.Lock()
         self._fresh_until = 0.0
         self._found: Snapshot | None = None
+        self._empty: dict[str, QueueCounts] = {}
 
     def read(self) -> Snapshot | None:
         """Return the outbox as it stands, or stood moments ago; None while the database can't be asked."""
@@ -41,13 +42,19 @@ class Gauges:
                 return self._found
             try:
                 with self._engine.connect() as connection:
-                    self._found = snapshot(connection)
+                    self._found = self._with_empty_queues(snapshot(connection))
             except SQLAlchemyError as error:
                 logger.debug("No gauges of the outbox: %s", type(error).__name__)
                 self._found = None
             ended = time.monotonic()
             self._fresh_until = ended + max(FRESH_SECONDS, (ended - started) / SHARE)
             return self._found
+
+    def _with_empty_queues(self, found: Snapshot) -> Snapshot:
+        """Add the queues that had messages once: a number that goes missing isn't a zero."""
+        queues = {**self._empty, **{each.queue: each for each in found.queues}}
+        self._empty.update((name, QueueCounts(name)) for name in queues)
+        return replace(found, queues=list(queues.values()))
 
 
 def snapshot(connection: Connection) -> Snapshot:
@@ -59,11 +66,10 @@ def snapshot(connection: Connection) -> Snapshot:
         counts = queues.setdefault(entry["queue"], dict.fromkeys(states, 0))
         for state in states:
             counts[state] += entry[state]
-    suppressed = text("SELECT task, suppressed FROM catga_inbox_counts ORDER BY task")
     return Snapshot(
         queues=[QueueCounts(queue, **counts) for queue, counts in sorted(queues.items())],
         oldest_age=status["oldest_age_seconds"] or 0.0,
         relays=len(status["relays"]),
         published=status["published"],
-        duplicates={row.task: int(row.suppressed) for row in connection.execute(suppressed)},
+        duplicates={entry["task"]: entry["suppressed"] for entry in status["duplicates"]},
     )

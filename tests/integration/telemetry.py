@@ -16,12 +16,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 class Seen:
     """The spans and metrics so far."""
 
-    def __init__(self):
+    def __init__(self, *readers):
         self.exporter = InMemorySpanExporter()
         self.reader = InMemoryMetricReader()
         self.tracing = TracerProvider()
         self.tracing.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.metering = MeterProvider([self.reader])
+        self.metering = MeterProvider([self.reader, *readers])
         self.tracer = self.tracing.get_tracer("the application")
 
     def spans(self, start=""):
@@ -40,9 +40,9 @@ class Seen:
 
 
 @contextmanager
-def sdk():
+def sdk(*readers):
     """Configure an SDK as an application does, and take it away again: OpenTelemetry has one a process."""
-    seen = Seen()
+    seen = Seen(*readers)
     before = trace._TRACER_PROVIDER, metrics_globals._METER_PROVIDER
     trace._TRACER_PROVIDER, metrics_globals._METER_PROVIDER = seen.tracing, seen.metering
     assert trace.get_tracer_provider() is seen.tracing
