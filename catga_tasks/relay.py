@@ -108,8 +108,8 @@ class Lane:
     """A relay's way to one broker.
 
     `brokers` are the names of all that the relay has a lane for. `published` is called with the envelopes of each batch
-    that the broker confirmed. `result_expires` is how long results are kept, in seconds; None keeps them. `system` is what
-    telemetry calls the broker.
+    that the broker confirmed. `result_expires` is how long results are kept, in seconds; None keeps them. `system` is
+    what telemetry calls the broker.
     """
 
     def __init__(
