@@ -74,8 +74,11 @@ class Transport(virtual.Transport):
             )
         self.settings = NatsSettings.read(client.transport_options)
         super().__init__(client, **options)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self.taps: dict[str, Tap] = {}
-        self.nats = Connection(*servers_of(client.hostname or ""), self.settings)
+        self.nats = Connection(*servers_of(self.client.hostname or ""), self.settings)
         self.bindings = Bindings(self.nats)
         self._stored: dict[str, float] = {}
 
@@ -87,6 +90,9 @@ class Transport(virtual.Transport):
 
     def establish_connection(self) -> Any:
         """Connect within `connect_timeout`."""
+        if not self.nats.usable:
+            # kombu tries again with the transport whose try before failed.
+            self._start_anew()
         if self.nats.js is None:
             self.nats.connect()
         return super().establish_connection()

@@ -55,6 +55,20 @@ def test_02_a_server_that_never_answers_is_an_error_in_time(broker):
         assert time.monotonic() - started < 10
 
 
+def test_02_the_try_after_a_refused_one_is_as_good_as_the_first(start):
+    """Scenario 23: of one and the same connection, as Celery's worker does it while the server is away."""
+    broker = start()
+    broker.server.kill()
+    connection = broker.connect(**broker.patience(1))
+    for _ in range(2):
+        with pytest.raises(connection.connection_errors):
+            connection.transport.establish_connection()
+    broker.server.start()
+    connection.ensure_connection(max_retries=40, interval_start=0.1)
+    publish(connection, ["x"])
+    assert taken(connection, 1) == ["x"]
+
+
 def test_03_wrong_credentials_are_an_authorization_error(start):
     broker = start(password="geheim")
     with pytest.raises(broker.REFUSED):
@@ -205,7 +219,7 @@ def test_26_a_restart_while_idle(start):
 
 
 def test_26_a_restart_under_load(start):
-    """What was confirmed is consumed, though the server is killed three times on the way."""
+    """Scenario 23: what was confirmed is consumed, though the server is killed three times on the way."""
     broker = start()
     confirmed = []
     stop = threading.Event()
@@ -240,7 +254,7 @@ def test_26_a_restart_under_load(start):
 
 
 def test_26_a_restart_in_mid_acknowledgement(start):
-    """What was taken before and is acknowledged in the outage or after it doesn't stay for ever."""
+    """Scenario 23: what was taken before and is acknowledged in the outage or after it doesn't stay for ever."""
     broker = start()
     connection = broker.connect(**broker.patience(2), **broker.redelivery(3))
     publish(connection, range(10))
@@ -401,7 +415,7 @@ def test_35_a_coroutine_publishes_and_consumes(broker):
 
 
 def test_42_secrets_are_never_shown(start, caplog):
-    """Not in a connection's address, nor in logs and errors of one that fails, is made, and is lost."""
+    """Scenario 26: not in a connection's address, nor in logs and errors of one that fails, is made, and is lost."""
     broker = start(password="geheim")
     shown = []
     with caplog.at_level(logging.DEBUG):

@@ -72,7 +72,7 @@ def test_04_tasks_run_in_the_order_of_their_publishing(broker, app, worker, tmp_
 
 @pytest.mark.parametrize("pool", ["solo", "threads", "prefork"])
 def test_20_22_long_and_late_tasks_run_once(broker, app, worker, tmp_path, pool):
-    """A task of ten times what a message may go unheard of, and one that is due after as long (22).
+    """Scenario 22: a task of ten times what a message may go unheard of, and one that is due after as long.
 
     On Redis nothing renews a message in hand: its visibility_timeout has to be longer than the task takes.
     """
@@ -99,6 +99,7 @@ def test_20_22_long_and_late_tasks_run_once(broker, app, worker, tmp_path, pool)
 
 
 def test_21_a_killed_workers_task_runs_elsewhere(broker, app, worker, tmp_path):
+    """Scenario 21: the worker dies by SIGKILL, and its task is delivered again."""
     ran = tmp_path / "ran"
     first = worker(broker, "solo")
     app.send_task("run", (str(ran), "x", 1), queue=QUEUE)

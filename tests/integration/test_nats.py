@@ -10,6 +10,7 @@ import uuid
 
 import pytest
 from kombu import Connection, Queue
+from sqlalchemy import text
 
 from catga_tasks import Catga, ConfigurationError
 from catga_tasks.brokers.nats_errors import AccessRefused
@@ -155,8 +156,10 @@ def test_37_a_worker_lives_on_it(nats_server, processes, tmp_path, pool):
     assert worker.wait_exit() == 0, worker.log()
 
 
-def test_the_relay_publishes_to_it_once(nats_server, engine, options):
-    """What is published again within the duplicate window is stored once; a retry of the same task is another row."""
+def test_03_the_relay_publishes_to_it_once(nats_server, engine, options):
+    """Scenario 3: what is published again within the duplicate window is stored once; a retry of the same task is
+    another row.
+    """
     app = Catga("shop", broker=nats_server, outbox=engine, set_as_current=False)
     app.conf.broker_transport_options = options
     app.task(name="charge", shared=False)(lambda_task)
@@ -182,22 +185,66 @@ def lambda_task(order):
     return order
 
 
-def test_02_the_relay_waits_for_it(own_nats, engine, options):
+@pytest.mark.parametrize(("end", "go_on"), [("kill", "start"), ("pause", "resume")])
+def test_02_03_an_outage_blames_and_doubles_nothing(own_nats, engine, options, end, go_on):
+    """Scenarios 2 and 3: a server that is gone, or that takes messages and never confirms: no attempt is used up, and
+    afterwards the rows come in their order, each once, though some were stored before without a word.
+    """
     server = own_nats()
     app = Catga("shop", broker=server.url, outbox=engine, set_as_current=False)
     app.conf.update(broker_transport_options=options, outbox_publish_timeout=1, outbox_lease_timeout=10)
     app.task(name="charge", shared=False)(lambda_task)
-    app.tasks["charge"].delay_many([(number,) for number in range(20)])
-    server.kill()
     relay = app.relay()
+    app.tasks["charge"].delay("warm")
+    assert relay.run_once() == 1
+    app.tasks["charge"].delay_many([(number,) for number in range(20)])
+    getattr(server, end)()
     thread = threading.Thread(target=relay.run)
     thread.start()
     try:
         wait_until(lambda: relay.lanes[0]._failures >= 2)
-        server.start()
-        wait_until(lambda: relay.published == 20)
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT count(*), max(attempts) FROM catga_outbox")).one() == (20, 0)
+        getattr(server, go_on)()
+        wait_until(lambda: relay.published == 21)
     finally:
+        server.resume()
         relay.stop()
         thread.join(20)
     with Connection(server.url, transport_options=options) as connection:
-        assert size(connection, "celery") == 20
+        found = []
+        while (message := connection.default_channel.basic_get("celery")) is not None:
+            found.append(json.loads(message.body)[0][0])
+            message.ack()
+    assert found == ["warm", *range(20)]
+
+
+def test_06_bad_rows_hold_up_no_batch(own_nats, engine, options):
+    """Scenario 6: a row that can't be decoded and one over the server's limit end as dead letters, each with its own
+    error; the rows around them go out.
+    """
+    server = own_nats("max_payload: 3000")
+    app = Catga("shop", broker=server.url, outbox=engine, set_as_current=False)
+    app.conf.update(broker_transport_options=options, outbox_max_attempts=2, outbox_retry_backoff=0.01)
+    app.task(name="charge", shared=False)(lambda_task)
+    app.tasks["charge"].delay_many([(number,) for number in range(5)])
+    app.tasks["charge"].apply_async((7,), task_id="garbled")
+    app.tasks["charge"].apply_async(("x" * 5000,), task_id="large")
+    app.tasks["charge"].delay_many([(number,) for number in range(5)])
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE catga_outbox SET headers = '3' WHERE task_id = 'garbled'"))
+    relay = app.relay()
+    assert relay.run_once() == 10
+
+    def dead():
+        with engine.connect() as connection:
+            columns = "task_id, attempts, error"
+            return connection.execute(text(f"SELECT {columns} FROM catga_dead_letters ORDER BY task_id")).all()
+
+    wait_until(lambda: relay.run_once() == 10 and len(dead()) == 2)
+    garbled, large = dead()
+    assert (garbled[0], garbled[1], large[0], large[1]) == ("garbled", 2, "large", 2)
+    assert "headers must be a JSON object" in garbled[2]
+    assert "larger than NATS takes" in large[2]
+    with Connection(server.url, transport_options=options) as connection:
+        assert size(connection, "celery") == 10

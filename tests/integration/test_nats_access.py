@@ -152,7 +152,7 @@ def test_03_nkeys(server, tmp_path):
 
 
 def test_03_a_worker_ends_with_one_line(server, processes, tmp_path):
-    """Trying again doesn't help: no retry loop, and no traceback."""
+    """Trying again doesn't help: no retry loop, no traceback, and no secret (scenario 26)."""
     running = server(f"authorization {{ token: {SECRET} }}")
     (tmp_path / "shop.py").write_text(
         f'from catga_tasks import Catga\napp = Catga("shop", broker="nats://{SECRET}x@{running.url[7:]}", outbox="sqlite://")\n'

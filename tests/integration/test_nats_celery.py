@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
 
 import pytest
 from celery import chain, chord, group
-from kombu import Connection
+from kombu import Connection, Queue
 
 from catga_tasks import Catga
 from tests.waiting import wait_until
@@ -21,7 +24,7 @@ from catga_tasks import Catga
 
 app = Catga("shop", broker=os.environ["BROKER"], outbox=os.environ["OUTBOX"])
 app.conf.update(
-    broker_transport_options={"ack_wait": 2.0, "stream_prefix": os.environ["PREFIX"]},
+    broker_transport_options={"ack_wait": 2.0, "reconnect_grace": 1.0, "stream_prefix": os.environ["PREFIX"]},
     result_backend=os.environ["RESULTS"], worker_prefetch_multiplier=4, worker_pool_restarts=True,
     worker_proc_alive_timeout=20, outbox_poll_interval_max=0.2, outbox_publish_timeout=2, outbox_lease_timeout=4,
 )
@@ -138,7 +141,6 @@ def test_37_remote_control(shop):
     shop.control("revoke", task_id=endless.id, terminate=True, signal="SIGKILL")
     wait_until(lambda: not shop.inspect().active()[one])
     assert "revoked" not in shop.said()
-    assert "ok" in shop.control("rate_limit", task_name="note", rate_limit="100/s")[0][one]
     # Queues come and go while it runs.
     shop.control("add_consumer", queue="more")
     shop.call("note", "more", queue="more")
@@ -146,16 +148,108 @@ def test_37_remote_control(shop):
     assert {queue["name"] for queue in shop.inspect().active_queues()[one]} == {"celery", "more"}
     shop.control("cancel_consumer", queue="more")
     shop.call("note", "never", queue="more")
+    # The prefetch follows the pool: four for each process.
     assert "ok" in shop.control("pool_grow", n=1)[0][one]
+    wait_until(lambda: shop.inspect().stats()[one]["prefetch_count"] == 12)
     assert "ok" in shop.control("pool_shrink", n=1)[0][one]
+    wait_until(lambda: shop.inspect().stats()[one]["prefetch_count"] == 8)
     assert "ok" in shop.control("pool_restart", reload=False)[0][one]
     shop.call("note", "again")
     wait_until(lambda: "again" in shop.said())
     assert "never" not in shop.said()
     assert shop.held("more") == 1
+    # One note an hour: the next ones wait, and other tasks don't.
+    assert "ok" in shop.control("rate_limit", task_name="note", rate_limit="1/h")[0][one]
+    for number in range(3):
+        shop.call("note", f"limited {number}")
+    assert shop.call("add", 1, 2).get(timeout=20) == 3
+    assert len([word for word in shop.said() if word.startswith("limited")]) <= 1
+    assert shop.held() >= 2
     shop.app.control.shutdown(destination=[one])
     assert worker.wait_exit(30) == 0, worker.log()
     assert "Traceback" not in worker.log(), worker.log()
+
+
+@pytest.mark.timeout(120)
+def test_37_autoscale(shop):
+    """The pool grows with the work, and what is asked for with it; afterwards both shrink."""
+    shop.worker("one", "--autoscale", "3,1", "--prefetch-multiplier", "1")
+    for number in range(6):
+        shop.call("nap", number, 3.0)
+
+    def running():
+        said = [word.split()[0] for word in shop.said()]
+        return said.count("begin") - said.count("end")
+
+    wait_until(lambda: running() == 3, what="three processes at work")
+    wait_until(lambda: len([word for word in shop.said() if word.startswith("end")]) == 6)
+    wait_until(lambda: shop.held() == 0)
+
+
+@pytest.mark.timeout(60)
+def test_37_celery_amqp(shop):
+    """`celery amqp` declares, binds, counts, takes, purges and deletes by kombu alone."""
+    with Connection(shop.nats, transport_options=shop.options) as connection:
+        Queue("paid")(connection.default_channel).declare()
+        connection.Producer().publish("hello", routing_key="paid")
+    commands = [
+        "exchange.declare orders direct", "queue.declare paid no yes", "queue.bind paid orders paid", "basic.get paid",
+        "basic.ack 1", "queue.declare paid no yes", "queue.purge paid", "queue.delete paid",
+    ]  # fmt: skip
+    program = (sys.executable, "-m", "celery", "-A", "shop", "amqp", "repl")
+    done = subprocess.run(
+        program, input="\n".join(commands), text=True, capture_output=True, env={**os.environ, **shop.env},
+        cwd=shop.folder, timeout=60, check=True,
+    )  # fmt: skip
+    assert "queue:paid messages:1" in done.stdout
+    assert "queue:paid messages:0" in done.stdout
+    assert "hello" in done.stdout
+    assert "ERROR" not in done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_19_a_stalled_worker_and_its_successor(shop):
+    """Scenario 19: a message is delivered again while its first worker, stopped for too long, has it still. Late
+    acknowledgements take nothing from anybody, and nothing stays.
+    """
+    workers = {name: shop.worker(name, pool="threads", concurrency=1) for name in ("one", "two")}
+    shop.call("nap", "x", 4.0)
+    has = wait_until(lambda: [name for name in workers if shop.inspect(name).active()[f"{name}@test"]])
+    first = workers[has[0]]
+    first.stop()
+    wait_until(lambda: shop.said().count("begin x") >= 2, what="the second delivery")
+    first.cont()
+    wait_until(lambda: shop.held() == 0)
+    wait_until(lambda: shop.said().count("end x") == shop.said().count("begin x"))
+    shop.call("note", "afterwards")
+    wait_until(lambda: "afterwards" in shop.said())
+    wait_until(lambda: shop.held() == 0)
+    assert all(worker.alive() for worker in workers.values())
+
+
+@pytest.mark.timeout(120)
+def test_23_the_server_restarts(processes, tmp_path, own_nats, redis_url):
+    """Scenario 23: killed twice, once for longer than goes unnoticed: every task runs, and none stays in hand."""
+    server = own_nats()
+    shop = Shop(processes, tmp_path, server.url, redis_url)
+    worker = shop.worker()
+
+    def enqueue(numbers):
+        for number in numbers:
+            shop.call("nap", number, 0.05)
+
+    enqueue(range(40))
+    wait_until(lambda: "end 3" in shop.said())
+    server.restart()
+    enqueue(range(40, 60))
+    wait_until(lambda: "end 45" in shop.said())
+    server.kill()
+    enqueue(range(60, 80))
+    wait_until(lambda: "reconnect_grace" in worker.log(), what="an outage that the worker notices")
+    server.start()
+    wait_until(lambda: {f"end {number}" for number in range(80)} <= set(shop.said()), what="every task", deadline=60)
+    wait_until(lambda: shop.held() == 0, what="nothing left unacknowledged")
+    assert worker.alive()
 
 
 @pytest.mark.timeout(120)
@@ -166,7 +260,7 @@ def test_37_remote_control(shop):
     ids=["warm-prefork", "warm-threads", "warm-solo", "cold-prefork", "killed"],
 )  # fmt: skip
 def test_39_a_worker_that_ends_gives_back_what_it_did_not_run(shop, pool, number, arguments):
-    """Its tasks run elsewhere; those that a warm shutdown lets finish run once."""
+    """Scenario 21: its tasks run elsewhere; those that a warm shutdown lets finish run once."""
     first = shop.worker("one", *arguments, pool=pool, concurrency=2)
     for each in range(12):
         shop.call("nap", each, 0.5)
@@ -185,7 +279,7 @@ def test_39_a_worker_that_ends_gives_back_what_it_did_not_run(shop, pool, number
 
 @pytest.mark.timeout(120)
 def test_39_a_soft_shutdown_waits_and_gives_back(shop):
-    """`worker_soft_shutdown_timeout`: a cold shutdown after this long, and what was cut off runs again elsewhere."""
+    """Scenario 21, `worker_soft_shutdown_timeout`: cold after this long; what was cut off runs again elsewhere."""
     (shop.folder / "shop.py").write_text(APP + "\napp.conf.worker_soft_shutdown_timeout = 1.0\n")
     first = shop.worker("one", concurrency=1)
     for each in range(3):
@@ -200,7 +294,7 @@ def test_39_a_soft_shutdown_waits_and_gives_back(shop):
 
 @pytest.mark.timeout(120)
 def test_21_a_killed_child_and_a_hard_time_limit(shop):
-    """The child's task runs again in another one; a task that is too long fails, and the worker goes on."""
+    """Scenario 21: the child's task runs again in another; one that is too long fails, and the worker goes on."""
     shop.worker(concurrency=1)
     shop.call("die", str(shop.folder / "died"))
     wait_until(lambda: "survived" in shop.said(), deadline=30)
