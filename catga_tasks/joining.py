@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from catga_tasks import storing, tables
 from catga_tasks.database import refuse_missing_table
+from catga_tasks.envelope import Envelope
 from catga_tasks.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import SessionTransaction
 
-    from catga_tasks.envelope import Envelope
     from catga_tasks.storing import Entry
 
 
@@ -228,7 +228,8 @@ def pending(owner: Owner, transaction: Session | Connection | None = None) -> li
     """Return the messages that wait for the commit of this transaction, or of any; what savepoints undid is gone."""
     known: list[tuple[Any, dict[Owner, Any]]] = [*_sessions.items(), *_connections.items()]
     buffers = [each[owner] for joined, each in known if owner in each and transaction in (None, joined)]
-    return [envelope for buffer in buffers for _, several in buffer._entries for envelope in several]
+    entries = [entry for buffer in buffers for _, several in buffer._entries for entry in several]
+    return [entry for entry in entries if isinstance(entry, Envelope)]
 
 
 def _buffer(owner: Owner, session: Session) -> _SessionBuffer:
