@@ -18,7 +18,7 @@ from celery.result import result_from_tuple
 from kombu import Connection, pools
 from kombu.utils.json import loads
 
-from catga_tasks import bulk, current, deferral, logs, runs
+from catga_tasks import bulk, current, deferral, logs
 from catga_tasks.brokers import KombuPublisher, Publisher
 from catga_tasks.config import Settings
 from catga_tasks.database import masked_url
@@ -97,7 +97,7 @@ class Catga(Celery):
         self.add_defaults({**defaults, "worker_consumer": "catga_tasks.dead_letters:Consumer"})
         self.user_options["worker"].add(_relay_option())
         self.steps["worker"].add("catga_tasks.embedded:RelayStep")
-        runs.listen()
+        self.steps["worker"].add("catga_tasks.runs:RunsStep")
         logs.install()
 
     @cached_property

@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from celery import signals, states
+from celery import bootsteps, signals, states
 from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import outbox, telemetry
@@ -24,9 +23,21 @@ CLOCK_SECONDS = 60.0
 _GOOD = (states.SUCCESS, states.IGNORED, states.REJECTED, states.RETRY)
 
 
-def listen() -> None:
-    """Follow the tasks of this process, where OpenTelemetry is installed."""
-    if find_spec("opentelemetry"):
+class RunsStep(bootsteps.Step):
+    """Lets a worker follow its tasks if an SDK is configured when it starts, or when a process of its pool does.
+
+    Else nothing is connected: Celery's signals would take some microseconds of each task.
+    """
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        _follow()
+        # Behind the application's own receivers, one of which may configure the SDK.
+        signals.worker_process_init.connect(_follow, dispatch_uid="catga_tasks.runs")
+
+
+def _follow(**_sender: object) -> None:
+    if telemetry.on():
         signals.task_prerun.connect(_began, dispatch_uid="catga_tasks.runs")
         signals.task_postrun.connect(_ended, dispatch_uid="catga_tasks.runs")
 

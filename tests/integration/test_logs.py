@@ -25,9 +25,12 @@ def lines():
     logger = logging.getLogger("catga_tasks")
     for handler in handlers:
         logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)  # workers of other tests raise the root's
     yield lambda: ([json.loads(line) for line in structured.getvalue().splitlines()], plain.getvalue())
     for handler in handlers:
         logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture
