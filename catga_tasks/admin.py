@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from catga_tasks import liveness
+from catga_tasks import holds, liveness, outbox
+from catga_tasks.keys import read_headers
 from catga_tasks.tables import MESSAGE_COLUMNS, dialect, later, now, seconds_since
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
+
+
+_KEYED = "(unique_key IS NOT NULL OR ordering_key IS NOT NULL)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,19 +39,22 @@ class Selection:
 def status(connection: Connection) -> dict[str, Any]:
     """Return the counts as `outbox status --json` prints them.
 
-    `pending` rows are due and untried, `scheduled` ones wait for their ETA, `retrying` ones failed at least once:
-    no row is counted twice. `oldest_age_seconds` is how long the longest due row has been due, or None.
+    `pending` rows are due and untried, `scheduled` ones wait for their ETA, `waiting` ones for the message before them
+    with the same key, `retrying` ones failed at least once: no row is counted twice. `oldest_age_seconds` is how long
+    the longest due row has been due, or None.
     """
     due = f"available_at <= {now(connection)}"
+    waits = f"available_at = {outbox.NEVER_DUE[dialect(connection)]}"
     names = "broker, queue, task"
     counts = text(
         f"SELECT {names}, "
         f"sum(CASE WHEN attempts = 0 AND {due} THEN 1 ELSE 0 END) AS pending, "
-        f"sum(CASE WHEN attempts = 0 AND NOT {due} THEN 1 ELSE 0 END) AS scheduled, "
+        f"sum(CASE WHEN attempts = 0 AND NOT {due} AND NOT {waits} THEN 1 ELSE 0 END) AS scheduled, "
+        f"sum(CASE WHEN {waits} THEN 1 ELSE 0 END) AS waiting, "
         f"sum(CASE WHEN attempts > 0 THEN 1 ELSE 0 END) AS retrying, 0 AS dead FROM catga_outbox GROUP BY {names} "
-        f"UNION ALL SELECT {names}, 0, 0, 0, count(*) FROM catga_dead_letters GROUP BY {names}"
+        f"UNION ALL SELECT {names}, 0, 0, 0, 0, count(*) FROM catga_dead_letters GROUP BY {names}"
     )
-    states = ("pending", "scheduled", "retrying", "dead")
+    states = ("pending", "scheduled", "waiting", "retrying", "dead")
     by_task: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in connection.execute(counts).mappings():
         whose = {name: row[name] for name in ("broker", "queue", "task")}
@@ -132,17 +139,52 @@ def dead_letter(connection: Connection, number: int) -> dict[str, Any] | None:
 
 
 def replay(connection: Connection, selection: Selection) -> int:
-    """Put dead letters back into the outbox, due now and with no attempts used up; return how many."""
+    """Put dead letters back into the outbox, due now and with no attempts used up; return how many.
+
+    One with an ordering key lines up behind those that have it by now; one whose unique key is taken stays dead.
+    """
     names = ", ".join(name for name in MESSAGE_COLUMNS if name != "attempts")
     where, parameters = _where(connection, "catga_dead_letters", selection)
+    keyed = _replay_keyed(connection, selection)
+    where = _and(where, f"NOT {_KEYED}")
     insert = f"INSERT INTO catga_outbox ({names}) SELECT {names} FROM"
     if dialect(connection) == "postgresql":
         # One statement: two replays at once must not both see a row.
         moved = f"WITH gone AS (DELETE FROM catga_dead_letters{where} RETURNING {names}) {insert} gone"
-        return connection.execute(_bound(moved, selection), parameters).rowcount
+        return keyed + connection.execute(_bound(moved, selection), parameters).rowcount
     copied = connection.execute(_bound(f"{insert} catga_dead_letters{where}", selection), parameters).rowcount
     connection.execute(_bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters)
-    return copied
+    return keyed + copied
+
+
+def _replay_keyed(connection: Connection, selection: Selection) -> int:
+    where, parameters = _where(connection, "catga_dead_letters", selection)
+    kind = dialect(connection)
+    lock = " FOR UPDATE SKIP LOCKED" if kind == "postgresql" else ""
+    found = connection.execute(
+        _bound(
+            "SELECT id, task_id, unique_key, ordering_key, headers FROM catga_dead_letters"
+            f"{_and(where, _KEYED)} ORDER BY id{lock}",
+            selection,
+        ),
+        parameters,
+    ).all()
+    names = ", ".join(name for name in MESSAGE_COLUMNS if name != "attempts")
+    moved = text(
+        f"INSERT INTO catga_outbox ({names}, available_at) SELECT {names}, CASE WHEN :waits "
+        f"THEN {outbox.NEVER_DUE[kind]} ELSE {later(connection, 'zero')} END FROM catga_dead_letters WHERE id = :id"
+    )
+    replayed = 0
+    for row in found:
+        if row.unique_key is not None:
+            seconds = read_headers(_decoded(row.headers) or {}).seconds
+            if holds.take(connection, row.unique_key, row.task_id, seconds) is not None:
+                continue
+        waits = row.ordering_key is not None and not holds.first(connection, row.ordering_key, row.task_id)
+        connection.execute(moved, {"id": row.id, "waits": waits, "zero": 0})
+        connection.execute(text("DELETE FROM catga_dead_letters WHERE id = :id"), {"id": row.id})
+        replayed += 1
+    return replayed
 
 
 def discard(connection: Connection, selection: Selection) -> int:
@@ -152,11 +194,35 @@ def discard(connection: Connection, selection: Selection) -> int:
 
 
 def purge(connection: Connection, selection: Selection) -> int:
-    """Delete messages that wait in the outbox, unsent; return how many. A relay's batch in hand isn't touched."""
+    """Delete messages that wait in the outbox, unsent; return how many. A relay's batch in hand isn't touched.
+
+    What they hold is free: a unique key, and the turn among the messages of an ordering key.
+    """
     where, parameters = _where(connection, "catga_outbox", selection)
+    keyed = _purge_keyed(connection, selection)
+    where = _and(where, f"NOT {_KEYED}")
     if dialect(connection) == "postgresql":
         where = f" WHERE id IN (SELECT id FROM catga_outbox{where} FOR UPDATE SKIP LOCKED)"
-    return connection.execute(_bound(f"DELETE FROM catga_outbox{where}", selection), parameters).rowcount
+    return keyed + connection.execute(_bound(f"DELETE FROM catga_outbox{where}", selection), parameters).rowcount
+
+
+def _purge_keyed(connection: Connection, selection: Selection) -> int:
+    where, parameters = _where(connection, "catga_outbox", selection)
+    where = _and(where, _KEYED)
+    used = f"SELECT DISTINCT ordering_key FROM catga_outbox{_and(where, 'ordering_key IS NOT NULL')}"
+    # Before the rows: who ends a turn locks the key first, and the next row after it.
+    holds.lock(connection, connection.execute(_bound(used, selection), parameters).scalars().all())
+    if dialect(connection) == "postgresql":
+        where = f" WHERE id IN (SELECT id FROM catga_outbox{where} FOR UPDATE SKIP LOCKED)"
+    statement = f"DELETE FROM catga_outbox{where} RETURNING task_id, unique_key, ordering_key"
+    gone = connection.execute(_bound(statement, selection), parameters).all()
+    for row in gone:
+        holds.let_go(connection, row.task_id, unique_key=row.unique_key, ordering_key=row.ordering_key)
+    return len(gone)
+
+
+def _and(where: str, condition: str) -> str:
+    return f"{where} AND {condition}" if where else f" WHERE {condition}"
 
 
 def _where(connection: Connection, table: str, selection: Selection) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from celery.result import result_from_tuple
 from kombu import Connection, pools
 from kombu.utils.json import loads
 
-from catga_tasks import bulk, current, deferral, logs
+from catga_tasks import bulk, claiming, current, deferral, logs
 from catga_tasks.brokers import KombuPublisher, Publisher
 from catga_tasks.config import Settings
 from catga_tasks.database import masked_url
@@ -28,7 +28,6 @@ from catga_tasks.gauges import Gauges
 from catga_tasks.producer import (
     OutboxOperationalError,
     OutboxProducer,
-    is_retry,
 )
 from catga_tasks.relay import Lane, Relay
 from catga_tasks.task import choose_delivery
@@ -142,13 +141,21 @@ class Catga(Celery):
 
     default_producer = producer_or_acquire
 
+    def send_task(self, name: str, *args: Any, **options: Any) -> Any:
+        """Send a task as Celery does; if it is unique and its key is taken, its result is that of who has it."""
+        with claiming.ticket_of_call() as bind:
+            result = super().send_task(name, *args, **options)
+            bind(result)
+        return result
+
     def enqueue(self, envelopes: Sequence[Envelope]) -> None:
         """Put built messages into the outbox."""
         collector = _collector.get()
         if collector is not None:
             collector.extend(envelopes)
             return
-        independent = is_retry(envelopes[0].task_id)
+        # A retry must survive the task's rollback.
+        independent = claiming.is_own(envelopes[0].task_id)
         delivery = current.delivery.get()
         if independent and delivery is not None and not delivery.ended:
             delivery.keep(envelopes)

@@ -68,7 +68,7 @@ def send(app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: d
     if app.conf.task_always_eager or app.bypasses_outbox(task.name, None):
         return [task.apply_async(args, **options) for args in calls]
     envelopes: list[Envelope] = []
-    if _uniform(app, options) and 0 < len(calls[0]) <= _MOST_ARGUMENTS:
+    if _uniform(app, task, options) and 0 < len(calls[0]) <= _MOST_ARGUMENTS:
         build = _template(app, task, options, len(calls[0]))
         check = task.__header__ if app.strict_typing and task.typing else None
         for task_id, args in zip(_ids(len(calls)), calls, strict=True):
@@ -77,8 +77,9 @@ def send(app: Catga, task: Any, arguments: Iterable[tuple[Any, ...]], options: d
             envelopes.append(build(task_id, args))
     else:
         with app.collecting(envelopes):
-            for args in calls:
-                task.apply_async(args, **options)
+            sent = [task.apply_async(args, **options) for args in calls]
+        app.enqueue(envelopes)
+        return sent
     app.enqueue(envelopes)
     results = Results(task, [envelope.task_id for envelope in envelopes])
     parent = app.current_worker_task
@@ -95,14 +96,16 @@ def _checked(args: Any) -> tuple[Any, ...] | list[Any]:
     return args
 
 
-def _uniform(app: Catga, options: dict[str, Any]) -> bool:
+def _uniform(app: Catga, task: Any, options: dict[str, Any]) -> bool:
     listened = any(
         signal.receivers for signal in (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
     )
     serializer = options.get("serializer") or app.conf.task_serializer
     compression = options.get("compression") or app.conf.task_compression
     simple = serializer == "json" and not compression and app.conf.task_protocol == 2  # noqa: PLR2004 - Celery's number
-    return simple and not listened and not {"task_id", "stamped_headers", "kwargs", "args"} & options.keys()
+    own = {"task_id", "stamped_headers", "kwargs", "args", "unique", "unique_key"} & options.keys()
+    keyed = task.unique is not None or callable(task.key)
+    return simple and not listened and not own and not keyed
 
 
 def _template(app: Catga, task: Any, options: dict[str, Any], count: int) -> Callable[[str, Any], Envelope]:

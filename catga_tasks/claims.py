@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from catga_tasks import inbox, liveness, outbox, results, retry
+from catga_tasks import holds, inbox, liveness, outbox, results, retry
 from catga_tasks.errors import LeaseLost
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ class Claims:
         self._expire(inbox.expire, self._settings.inbox_retention)
         for expire in (results.expire, results.expire_groups, results.expire_chords):
             self._expire(expire, self._result_expires)
+        self._expire(holds.expire, 0.0)
 
     def _expire(self, expire: Callable[[Connection, float, int], int], retention: float | None) -> None:
         """Delete what is past its retention, in small transactions and for a bounded time: the messages come first."""
@@ -293,6 +294,10 @@ def _fail(connection: Connection, row: Row, error: str, settings: Settings) -> b
         try:
             with connection.begin_nested():
                 outbox.bury(connection, row, error=error)
+                message = row.envelope
+                holds.let_go(
+                    connection, message.task_id, unique_key=message.unique_key, ordering_key=message.ordering_key
+                )
         except DBAPIError as problem:
             error = f"{error} (the move to the dead letters failed: {type(problem.orig).__name__})"
         else:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from catga_tasks import admin, health, migrate
+from catga_tasks import admin, health, holds, migrate
 from catga_tasks.commands import (
     application,
     as_json_option,
@@ -200,15 +200,15 @@ def flower_command(context: click.Context, tornado_argv: tuple[str, ...]) -> Non
 def _draw_status(found: dict[str, Any]) -> None:
     console = console_for_people()
     oldest = found["oldest_age_seconds"]
-    totals = Table("pending", "scheduled", "retrying", "dead", "published", "oldest due", title="Outbox")
-    states = ("pending", "scheduled", "retrying", "dead", "published")
+    totals = Table("pending", "scheduled", "waiting", "retrying", "dead", "published", "oldest due", title="Outbox")
+    states = ("pending", "scheduled", "waiting", "retrying", "dead", "published")
     totals.add_row(*(f"{found[name]:,}" for name in states), "-" if oldest is None else f"{oldest:.1f} s")
     console.print(totals)
     if found["tasks"]:
-        tasks = Table("broker", "queue", "task", "pending", "scheduled", "retrying", "dead")
+        tasks = Table("broker", "queue", "task", "pending", "scheduled", "waiting", "retrying", "dead")
         for entry in found["tasks"]:
             names = (entry["broker"] or "-", entry["queue"], entry["task"])
-            tasks.add_row(*(escape(name) for name in names), *(f"{entry[name]:,}" for name in states[:4]))
+            tasks.add_row(*(escape(name) for name in names), *(f"{entry[name]:,}" for name in states[:5]))
         console.print(tasks)
     if found["duplicates"]:
         duplicates = Table("task", "duplicates suppressed", "too old to tell", title="Inbox")
@@ -319,8 +319,11 @@ def replay_command(app: Catga, selection: Selection, *, everything: bool, yes: b
     """Put dead letters back into the outbox, to be published again."""
     with chosen(app, selection, "catga_dead_letters", "Replay", everything=everything, yes=yes) as connection:
         done = admin.replay(connection, selection)
+        left = admin.count(connection, "catga_dead_letters", selection)
     app.outbox.wake()
     click.echo(f"{done:,} dead {letters(done)} replayed.")
+    if left:
+        click.echo(f"{left:,} stay: other messages hold their unique keys.")
 
 
 @command(dead, "discard")
@@ -343,3 +346,43 @@ def purge_command(app: Catga, selection: Selection, *, everything: bool, yes: bo
     with chosen(app, selection, "catga_outbox", "Purge", everything=everything, yes=yes) as connection:
         done = admin.purge(connection, selection)
     click.echo(f"{done:,} {'message' if done == 1 else 'messages'} purged.")
+
+
+@outbox.group()
+def keys() -> None:
+    """Look into the keys that keep messages in order (the option `key`)."""
+
+
+@command(keys, "list")
+@option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Rows to show at most.")
+@as_json_option
+def keys_command(app: Catga, *, limit: int, as_json: bool) -> None:
+    """List the keys in use, the longest turns first: which message has its turn, and how many wait for it."""
+    with connected(app) as connection:
+        found = holds.turns(connection, limit)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    table = Table("key", "whose turn", "since", "waiting", title="Ordering keys")
+    for row in found:
+        table.add_row(escape(row["key"]), escape(row["task_id"]), f"{row['seconds']:.1f} s", f"{row['waiting']:,}")
+    console_for_people().print(table)
+
+
+@command(keys, "skip")
+@click.argument("key")
+@yes_option
+def skip_command(app: Catga, key: str, *, yes: bool) -> None:
+    """End the turn of the message that has it: the next one is sent.
+
+    For a message that is gone, as with a broker that lost its data. If it comes after all, it isn't run.
+    """
+    if not yes:
+        click.confirm(f"End the turn of the message that has it for {key}?", abort=True)
+    with app.outbox.engine.begin() as connection:
+        migrate.check(connection)
+        passed_on = holds.skip(connection, key)
+    if passed_on is None:
+        raise click.ClickException(f"No message has the key {key}; `outbox keys list` shows those in use.")
+    app.outbox.wake()
+    click.echo("The next message is due." if passed_on else "No message waits for it.")

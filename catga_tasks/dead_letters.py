@@ -17,7 +17,7 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu.utils.json import JSONEncoder
 from sqlalchemy.exc import SQLAlchemyError
 
-from catga_tasks import outbox
+from catga_tasks import holds, keys, outbox
 from catga_tasks.brokers.generic import describe
 from catga_tasks.database import in_one_line
 from catga_tasks.envelope import Envelope
@@ -139,6 +139,14 @@ class Consumer(CeleryConsumer):
         try:
             with engine.begin() as connection:
                 number = outbox.add_dead(connection, envelope, error=reason)
+                passed_on = holds.let_go(
+                    connection,
+                    envelope.task_id,
+                    unique_key=envelope.unique_key,
+                    ordering_key=envelope.ordering_key,
+                )
+            if passed_on:
+                self.app.outbox.wake()
         except SQLAlchemyError as error:
             logger.error(  # noqa: TRY400 - one line
                 "A message of queue %s can't be kept as a dead letter and goes back in %g s: %s (%s)",
@@ -158,6 +166,7 @@ class Consumer(CeleryConsumer):
             headers.pop("compression", None)
         properties = {name: value for name, value in message.properties.items() if name not in _TRAVEL}
         priority = message.properties.get("priority")
+        held = keys.read_headers(headers)
         exchange, routing_key = _text(info.get("exchange") or ""), _text(info.get("routing_key") or "")
         return Envelope(
             task_id=_text(headers.get("id") or message.properties.get("correlation_id") or ""),
@@ -172,6 +181,8 @@ class Consumer(CeleryConsumer):
             properties=_json(properties),
             body=_bytes(message.body),
             broker=self._broker(headers),
+            unique_key=held.unique,
+            ordering_key=held.order,
         )
 
     def _queue(self, exchange: str, routing_key: str) -> str:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from catga_tasks import migrate
 from catga_tasks.database import in_one_line
 from catga_tasks.errors import CatgaError
-from catga_tasks.requests import tasks_with_inbox
+from catga_tasks.requests import tasks_with_database
 
 logger = logging.getLogger("catga_tasks")
 
@@ -37,7 +37,7 @@ class Worker(CeleryWorker):
 
     def _check_tables(self) -> None:
         """Raise `MigrationRequired`, or what is wrong with the database, if a task or the results need it."""
-        if tasks_with_inbox(self.app) or getattr(self.app.backend, "commits_with_task", False):
+        if tasks_with_database(self.app) or getattr(self.app.backend, "commits_with_task", False):
             engine = self.app.outbox.engine
             with engine.connect() as connection:
                 migrate.check(connection)

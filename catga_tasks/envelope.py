@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from catga_tasks.errors import MessageRejected
 
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 #: A header of messages whose tasks ask the inbox: when they were due, in seconds since 1970 by their sender's clock.
 DUE_AT = "catga_due_at"
+
+
+class Claim(Protocol):
+    """How a message takes its unique key."""
+
+    #: The longest time that it holds it, in seconds.
+    seconds: float
+
+    def refused(self, holder: str) -> None:
+        """Learn that the key is another message's, by that one's task id: this message isn't sent."""
 
 
 class Envelope(NamedTuple):
@@ -46,16 +56,26 @@ class Envelope(NamedTuple):
     expiration: float | None = None
     #: A name of `outbox_brokers`; empty for the application's own broker.
     broker: str = ""
+    #: What no other message may hold at the same time.
+    unique_key: str | None = None
+    #: Messages with the same one are sent one after the other, each when the one before it has ended.
+    ordering_key: str | None = None
     #: Not before this many seconds from the insert, by the database's clock ...
     delay: float = 0.0
     #: ... or not before this moment.
     eta: datetime | None = None
     #: What its trace calls its creation; the insert ends it.
     creation: Any = None
+    #: How it takes its unique key; None if it has it, as a retry does.
+    claim: Claim | None = None
+    #: It goes on in the turn that it has, as a retry does.
+    resumed: bool = False
+    #: Its turn comes when the message before it has ended.
+    waits: bool = False
 
 
 #: The columns that a row and its envelope share: the first fields of `Envelope`, in their order.
-STORED = tuple(name for name in Envelope._fields if name not in ("delay", "eta", "creation"))
+STORED = Envelope._fields[: Envelope._fields.index("delay")]
 
 
 class Row(NamedTuple):

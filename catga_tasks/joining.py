@@ -103,6 +103,9 @@ class _SessionBuffer:
 
     def write(self, session: Session) -> None:
         """Insert everything with one statement, in the session's own transaction."""
+        if any(storing.takes_keys(several) for _, several in self._entries):
+            # What the flush locks must not come after the keys: two transactions could wait for each other.
+            session.flush()
         self._written = session.get_transaction()
         if not self._entries:
             return

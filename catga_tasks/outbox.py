@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from catga_tasks import telemetry
 from catga_tasks.envelope import STORED, Envelope, Row
-from catga_tasks.tables import MESSAGE_COLUMNS, UTCDateTime, dialect, epoch, later, now, seconds_since
+from catga_tasks.tables import MESSAGE_COLUMNS, NEVER, UTCDateTime, dialect, epoch, later, now, seconds_since
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,16 +27,20 @@ Place = tuple[str, int]
 
 _NAMES = ", ".join(STORED)
 _VALUES = ", ".join(f":{name}" for name in STORED)
-_ADD = {
-    "postgresql": text(
-        f"INSERT INTO catga_outbox ({_NAMES}, available_at, scheduled) VALUES ({_VALUES}, "
-        "coalesce(CAST(:eta AS timestamptz), clock_timestamp() + make_interval(secs => :delay)), :scheduled)"
-    ),
-    "sqlite": text(
-        f"INSERT INTO catga_outbox ({_NAMES}, available_at, scheduled) VALUES ({_VALUES}, "
-        "coalesce(:eta, strftime('%Y-%m-%d %H:%M:%f', 'now', :delay || ' seconds')), :scheduled)"
-    ).bindparams(sa.bindparam("eta", type_=UTCDateTime)),
+_MOMENT = {
+    "postgresql": "coalesce(CAST(:eta AS timestamptz), clock_timestamp() + make_interval(secs => :delay))",
+    "sqlite": "coalesce(:eta, strftime('%Y-%m-%d %H:%M:%f', 'now', :delay || ' seconds'))",
 }
+#: The SQL of the moment at which a message is due that waits for its turn.
+NEVER_DUE = {"postgresql": f"CAST('{NEVER}+00' AS timestamptz)", "sqlite": f"'{NEVER}'"}
+_ADD = {
+    kind: text(
+        f"INSERT INTO catga_outbox ({_NAMES}, scheduled, available_at, not_before) VALUES ({_VALUES}, :scheduled, "
+        f"CASE WHEN :waits THEN {NEVER_DUE[kind]} ELSE {moment} END, CASE WHEN :waits THEN {moment} END)"
+    )
+    for kind, moment in _MOMENT.items()
+}
+_ADD["sqlite"] = _ADD["sqlite"].bindparams(sa.bindparam("eta", type_=UTCDateTime))
 _COPY = f"COPY catga_outbox ({_NAMES}) FROM STDIN"
 _COUNT = len(STORED)
 
@@ -45,11 +49,11 @@ def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
     """Insert the messages, without a round trip a row: by COPY where psycopg can, by one executemany elsewhere."""
     rest = envelopes
     if len(envelopes) > 1 and (cursor := _copier(connection)) is not None:
-        ready = [envelope for envelope in envelopes if not _scheduled(envelope)]
+        ready = [envelope for envelope in envelopes if not (_scheduled(envelope) or envelope.waits)]
         with cursor, cursor.copy(_COPY) as copy:
             for envelope in ready:
                 copy.write_row(envelope[:_COUNT])
-        rest = [envelope for envelope in envelopes if _scheduled(envelope)]
+        rest = [envelope for envelope in envelopes if _scheduled(envelope) or envelope.waits]
     if rest:
         connection.execute(_ADD[dialect(connection)], [_parameters(envelope) for envelope in rest])
     telemetry.stored(envelopes)
@@ -243,7 +247,13 @@ def _scheduled(envelope: Envelope) -> bool:
 
 def _parameters(envelope: Envelope) -> dict[str, Any]:
     values = dict(zip(STORED, envelope[:_COUNT], strict=True))
-    return {**values, "eta": envelope.eta, "delay": envelope.delay, "scheduled": _scheduled(envelope)}
+    return {
+        **values,
+        "eta": envelope.eta,
+        "delay": envelope.delay,
+        "scheduled": _scheduled(envelope),
+        "waits": envelope.waits,
+    }
 
 
 def _copier(connection: Connection) -> Any:

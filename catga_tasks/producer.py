@@ -10,14 +10,13 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from celery import current_task
 from celery.app.amqp import AMQP, task_message
 from celery.utils.time import maybe_iso8601
 from kombu import Connection, Exchange, Producer
 from kombu.exceptions import OperationalError
 from kombu.utils.json import JSONEncoder
 
-from catga_tasks import deferral, telemetry
+from catga_tasks import claiming, deferral, telemetry
 from catga_tasks.brokers import generic
 from catga_tasks.envelope import DUE_AT, Envelope
 from catga_tasks.errors import OutboxUnavailable
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from catga_tasks.app import Catga
+    from catga_tasks.keys import Keys
 
 #: kombu's JSON, without making an encoder for each message.
 _encode = JSONEncoder().encode
@@ -137,10 +137,16 @@ class OutboxAMQP(AMQP):
             if broker:
                 app.catga_settings.broker(broker)
             straight = app.bypasses_outbox(name, given)
+            held = claiming.take(app, name, message, options, straight=straight)
 
             def keep(prepared: dict[str, Any]) -> None:
+                if held:
+                    # The broker must not drop it: a worker finds it expired, and lets its keys go.
+                    prepared["properties"].pop("expiration", None)
                 envelope = self.envelope(prepared, message, queue_name(options.get("queue")), riding)
-                app.enqueue([envelope._replace(broker=broker, creation=creation) if broker or creation else envelope])
+                if broker or creation:
+                    envelope = envelope._replace(broker=broker, creation=creation)
+                app.enqueue([_holding(envelope, held) if held else envelope])
 
             with self._creation(name, options, broker, straight=straight) as creation:
                 if not straight:
@@ -255,14 +261,14 @@ def _destination(options: dict[str, Any]) -> str:
     return queue_name(options.get("queue")) or options.get("routing_key") or ""
 
 
+def _holding(envelope: Envelope, held: Keys) -> Envelope:
+    claim = claiming.Ticket(held.seconds) if held.fresh and held.unique is not None else None
+    return envelope._replace(unique_key=held.unique, ordering_key=held.order, claim=claim, resumed=not held.fresh)
+
+
 def queue_name(queue: Any) -> str | None:
     """Return the name of a queue given by name or as an object."""
     return queue if queue is None or isinstance(queue, str) else str(queue.name)
-
-
-def is_retry(task_id: str) -> bool:
-    """Return whether the message is the running task's own retry: it must survive the task's rollback."""
-    return bool(current_task) and current_task.request.id == task_id and not current_task.request.called_directly
 
 
 def _eta(value: Any) -> Any:

@@ -10,14 +10,20 @@ from celery.worker import state
 from celery.worker.request import Request as CeleryRequest
 from sqlalchemy.exc import SQLAlchemyError
 
-from catga_tasks import inbox, outcome
+from catga_tasks import inbox, outcome, turns
 from catga_tasks.worker import VERDICT, key_of
 
 logger = logging.getLogger("catga_tasks.worker")
 
 
 class Request(CeleryRequest):
-    """A message in a worker's hands. A hard time limit ends its task for good, as with Celery."""
+    """A message in a worker's hands. A hard time limit ends its task for good, as with Celery.
+
+    What a message holds is let go here when no child of the pool can do it: it was revoked, it expired, its child died.
+    """
+
+    #: The message comes again, or another one goes on in its place.
+    _goes_on = False
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
         """Fail a task that ran into its hard time limit.
@@ -29,6 +35,8 @@ class Request(CeleryRequest):
             super().on_timeout(soft, timeout)
             if not soft and self.task.deduplicate:
                 self._end_lease(timeout)
+            if not soft and not self._goes_on:
+                self._dismiss()
             return
         state.task_ready(self)
         logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
@@ -46,6 +54,32 @@ class Request(CeleryRequest):
         else:
             self.acknowledge()
 
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:  # noqa: FBT001, FBT002 - Celery's signature
+        """Let go of what the message holds, if it is over and its child couldn't say so."""
+        answer = super().on_failure(exc_info, send_failed_event, return_ok)
+        if not return_ok and self.acknowledged and not self._goes_on:
+            self._dismiss()
+        return answer
+
+    def reject(self, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - Celery's signature
+        """Reject the message, and remember whether it comes again."""
+        if not self.acknowledged:
+            self._goes_on = requeue
+        super().reject(requeue)
+
+    def _retry_worker_lost(self, *args: Any) -> bool:
+        self._goes_on = super()._retry_worker_lost(*args)
+        return self._goes_on
+
+    def _announce_revoked(self, *args: Any) -> None:
+        if not self._dismiss():
+            # It comes again, and is found revoked again.
+            self.reject(requeue=True)
+        super()._announce_revoked(*args)
+
+    def _dismiss(self) -> bool:
+        return turns.dismiss(self._app, self.id, self._request_dict)
+
     def _end_lease(self, timeout: float) -> None:
         key, error = key_of(self.id, self._request_dict), outcome.described(TimeLimitExceeded(timeout))
         try:
@@ -60,6 +94,10 @@ class Request(CeleryRequest):
             )
 
 
-def tasks_with_inbox(app: Any) -> list[str]:
-    """Return the names of the tasks that ask the inbox."""
-    return sorted(name for name, task in app.tasks.items() if task.delivery == "effectively_once" or task.deduplicate)
+def tasks_with_database(app: Any) -> list[str]:
+    """Return the names of the tasks whose deliveries ask the database: the inbox, or for whom a key is."""
+    return sorted(
+        name
+        for name, task in app.tasks.items()
+        if task.delivery == "effectively_once" or task.deduplicate or task.unique is not None or task.key is not None
+    )

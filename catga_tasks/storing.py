@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from catga_tasks import outbox
+from catga_tasks import holds, outbox
 from catga_tasks.envelope import Envelope
 
 if TYPE_CHECKING:
@@ -18,11 +18,16 @@ Entry = Envelope | Write
 
 
 def store(connection: Connection, entries: Sequence[Entry]) -> None:
-    """Write the messages, and what goes with them."""
+    """Write the messages, without those whose unique key is another's, and what goes with them."""
     envelopes = [entry for entry in entries if isinstance(entry, Envelope)]
     if envelopes:
-        outbox.add(connection, envelopes)
+        outbox.add(connection, holds.line_up(connection, holds.admit(connection, envelopes)))
     if len(envelopes) < len(entries):
         for entry in entries:
             if not isinstance(entry, Envelope):
                 entry(connection)
+
+
+def takes_keys(entries: Sequence[Entry]) -> bool:
+    """Return whether writing them locks the keys of unique or ordered messages."""
+    return any(isinstance(each, Envelope) and (each.unique_key or each.ordering_key) for each in entries)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
 
 SQLITE_NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+#: When a message is due that waits for the one before it: not by itself. No infinity, which drivers can't read.
+NEVER = "9999-12-31 00:00:00.000"
 metadata = sa.MetaData()
 #: 64 bits everywhere; SQLite counts up by itself only in its plain INTEGER.
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -79,6 +81,8 @@ def _message_columns() -> list[sa.Column[Any]]:
         sa.Column("send_event", sa.Boolean, nullable=False),
         sa.Column("expiration", sa.Double),
         sa.Column("broker", sa.Text, nullable=False, server_default=""),
+        sa.Column("unique_key", sa.Text),
+        sa.Column("ordering_key", sa.Text),
         sa.Column("created_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
         sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
         sa.Column("history", sa.Text),
@@ -94,6 +98,7 @@ outbox = sa.Table(
     sa.Column("available_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
     sa.Column("scheduled", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("suspect", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("not_before", UTCDateTime),
     sa.Index("catga_outbox_due", "broker", "available_at", "id"),
     sa.Index("catga_outbox_due_by_queue", "broker", "queue", "available_at", "id"),
     sa.Index(
@@ -103,6 +108,14 @@ outbox = sa.Table(
         "id",
         postgresql_where=sa.text("suspect"),
         sqlite_where=sa.text("suspect"),
+    ),
+    sa.Index(
+        "catga_outbox_turns",
+        "ordering_key",
+        "available_at",
+        "id",
+        postgresql_where=sa.text("ordering_key IS NOT NULL"),
+        sqlite_where=sa.text("ordering_key IS NOT NULL"),
     ),
     sqlite_autoincrement=True,
 )
@@ -232,6 +245,26 @@ chord_parts = sa.Table(
     sa.Column("task_id", sa.Text, primary_key=True),
     sa.Column("position", sa.Integer),
     sa.Column("result", sa.LargeBinary, nullable=False),
+)
+
+#: The keys of unique tasks, each with the message that holds it.
+unique_keys = sa.Table(
+    "catga_unique_keys",
+    metadata,
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("task_id", sa.Text, nullable=False),
+    sa.Column("taken_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+    sa.Column("expires_at", UTCDateTime, nullable=False),
+    sa.Index("catga_unique_keys_expires_at", "expires_at"),
+)
+
+#: Whose turn it is among the messages of one ordering key. No row: nobody's.
+turns = sa.Table(
+    "catga_turns",
+    metadata,
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("task_id", sa.Text, nullable=False),
+    sa.Column("since", UTCDateTime, nullable=False, server_default=DatabaseNow()),
 )
 
 #: What the two tables of messages have in common, by name.

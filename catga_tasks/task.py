@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from celery import Signature
 from celery import Task as CeleryTask
 from celery.exceptions import Reject
 
-from catga_tasks import current, leases, worker
+from catga_tasks import current, holding, keys, leases, turns, worker
 from catga_tasks.config import check_delivery
 from catga_tasks.errors import ConfigurationError
 
@@ -34,6 +35,10 @@ class CatgaTask(CeleryTask):
     delivery: str | None = None
     #: With "at_least_once": keep a message that is running, or that is done, from running a second time.
     deduplicate: bool = False
+    #: Keep a second message with the same key from being sent: True, or a dictionary with by, until and period.
+    unique: Any = None
+    #: Keep messages with the same key in order: a string, or a function of the task's arguments that returns one.
+    key: Any = None
     #: The session whose transaction this task commits in; see `current_session`.
     session = _CurrentSession()
 
@@ -51,6 +56,7 @@ class CatgaTask(CeleryTask):
         chosen = cls.delivery is not None or "task_delivery" in app.conf
         cls.delivery = choose_delivery(cls.delivery, app.catga_settings.task_delivery, cls.name)
         _check(cls, chosen=chosen)
+        _read_keys(cls)
         if cls.delivery == "at_most_once":
             cls.acks_late = cls.reject_on_worker_lost = False
         elif chosen or cls.deduplicate:
@@ -66,18 +72,25 @@ class CatgaTask(CeleryTask):
 
     @__trace__.setter
     def __trace__(self, tracer: Callable[..., Any] | None) -> None:
-        kind: Any = None
-        if self.delivery == "effectively_once":
-            kind = worker.Once
-        elif self.deduplicate:
-            kind = leases.Leased
-        if tracer is None or kind is None:
+        if tracer is None or self.delivery == "at_most_once":
             self._tracer = tracer
             return
 
         def trace(task_id: str, args: Any, kwargs: Any, request: Any = None) -> Any:
             request = request or {}
-            return kind(self, task_id, request).trace(lambda: tracer(task_id, args, kwargs, request))
+
+            def run() -> Any:
+                return tracer(task_id, args, kwargs, request)
+
+            def in_turn(call: Callable[[], Any]) -> Any:
+                held = holding.held_by(task_id, request)
+                return call() if held is None else turns.run(self, task_id, held, call)
+
+            if self.delivery == "effectively_once":
+                return in_turn(lambda: worker.Once(self, task_id, request).trace(run))
+            if self.deduplicate:
+                return leases.Leased(self, task_id, request).trace(lambda: in_turn(run))
+            return in_turn(run)
 
         self._tracer = trace
 
@@ -118,7 +131,26 @@ class CatgaTask(CeleryTask):
         delivery = current.delivery.get()
         if isinstance(delivery, worker.Once) and delivery.task is self:
             delivery.replace()
+        held = holding.current()
+        if held is not None and type(sig) is Signature and not self.request.is_eager:
+            # One task for another; the ids of a canvas's parts are others'.
+            sig.set(headers={**(sig.options.get("headers") or {}), **held.hand_on()})
         return super().on_replace(sig)
+
+
+def _read_keys(cls: type[CatgaTask]) -> None:
+    """Check the options `unique` and `key`, and keep a function from becoming a method."""
+    cls.unique = keys.read_unique(f"Task {cls.name}", cls.unique)
+    rule = inspect.getattr_static(cls, "key")
+    if inspect.isfunction(rule):
+        cls.key = staticmethod(rule)
+    elif cls.key is not None and not callable(cls.key):
+        keys.check_key(f"Task {cls.name}: key", cls.key)
+    if cls.delivery == "at_most_once" and (cls.unique is not None or cls.key is not None):
+        raise ConfigurationError(
+            f"Task {cls.name}: unique and key need the outbox, which delivery='at_most_once' goes past: leave them "
+            "out, or take another delivery."
+        )
 
 
 def _check(cls: type[CatgaTask], *, chosen: bool) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from catga_tasks import current, inbox, outcome, retry
+from catga_tasks import current, holding, inbox, outcome, retry
 from catga_tasks.database import in_one_line, is_passing
 from catga_tasks.envelope import DUE_AT
 from catga_tasks.errors import ConfigurationError, MigrationRequired
@@ -129,6 +129,8 @@ class Once:
             answer = self._traced(tracer)
         if not self.session.in_transaction():
             return answer, False
+        if seen is None:
+            self._let_go(answer)
         try:
             self._commit()
         except SQLAlchemyError as error:
@@ -242,8 +244,17 @@ class Once:
         if seen is not None:
             return outcome.repeat(self.task, self._task_id, self._request, seen)
         answer = outcome.failed(self.task, self._request, error)
+        self._let_go(answer)
         self._commit()
         return answer
+
+    def _let_go(self, answer: Any) -> None:
+        """Free the message's keys in the transaction that ends the task, unless it goes on."""
+        held = holding.current()
+        if held is None or held.goes_on(answer):
+            return
+        if held.end(self.session.connection()):
+            self._after.append(self.task.app.outbox.wake)
 
     def _tell(self) -> None:
         try:

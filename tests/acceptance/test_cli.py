@@ -103,19 +103,42 @@ def test_status_and_a_relay_for_once(shop):
     assert "No relay is alive" in shop.run("status")
     shop.charge.delay(1)
     shop.charge.apply_async((2,), countdown=3600)
+    shop.charge.apply_async((3,), countdown=3600, key="a")
+    shop.charge.apply_async((4,), key="a")
     found = json.loads(shop.run("status", "--json", status=1))
     assert found.keys() >= {"pending", "scheduled", "retrying", "dead", "published", "oldest_age_seconds", "relays"}
-    assert (found["pending"], found["scheduled"], found["retrying"], found["dead"]) == (1, 1, 0, 0)
+    assert [found[state] for state in ("pending", "scheduled", "waiting", "retrying", "dead")] == [1, 2, 1, 0, 0]
     assert (found["published"], found["relays"]) == (0, [])
     assert found["oldest_age_seconds"] > 0
-    assert found["tasks"] == [
-        {"broker": "", "queue": "celery", "task": "charge", "pending": 1, "scheduled": 1, "retrying": 0, "dead": 0}
-    ]
+    (charges,) = found["tasks"]
+    assert charges == {"broker": "", "queue": "celery", "task": "charge", "pending": 1, "scheduled": 2, "waiting": 1,
+                       "retrying": 0, "dead": 0}  # fmt: skip
     assert "charge" in shop.run("status", status=1)
     assert "1 published." in shop.run("relay", "--once")
     found = json.loads(shop.run("status", "--json"))
-    assert (found["pending"], found["scheduled"], found["published"]) == (0, 1, 1)
+    assert (found["pending"], found["scheduled"], found["published"]) == (0, 2, 1)
     assert found["oldest_age_seconds"] is None
+
+
+def test_keys_that_are_held(shop):
+    """`outbox keys` shows whose turn it is and ends it; a dead letter whose unique key is taken stays one."""
+    first = shop.charge.apply_async((1,), key="customer-7")
+    shop.charge.apply_async((2,), key="customer-7")
+    (found,) = json.loads(shop.run("keys", "list", "--json"))
+    assert (found["key"], found["task_id"], found["waiting"]) == ("customer-7", first.id, 1)
+    assert "customer-7" in shop.run("keys", "list")
+    assert "The next message is due." in shop.run("keys", "skip", "customer-7", answer="y\n")
+    assert "No message waits" in shop.run("keys", "skip", "customer-7", "--yes")
+    assert "No message has the key" in shop.run("keys", "skip", "customer-7", "--yes", status=1)
+    shop.run("purge", "--all", "--yes")
+    shop.charge.apply_async((1,), unique_key="a")
+    shop.run("relay", "--once")
+    shop.bury()
+    with shop.engine.begin() as connection:
+        connection.execute(text("UPDATE catga_dead_letters SET unique_key = 'charge:a'"))
+    answer = shop.run("dead", "replay", "--all", "--yes")
+    assert "0 dead letters replayed." in answer
+    assert "1 stay: other messages hold their unique keys." in answer
 
 
 def test_12_a_relay_ends_cleanly(shop, processes):
