@@ -223,7 +223,9 @@ class Worker:
         payload = copy.deepcopy(message._raw)
         payload["properties"]["delivery_tag"] = f"{message.delivery_tag}-again"
         payload["properties"]["delivery_info"]["redelivered"] = True
-        return self._channel.Message(payload, self._channel)
+        again = self._channel.Message(payload, self._channel)
+        self._channel.qos.append(again, again.delivery_tag)
+        return again
 
     def _deliver(self, message: Any, act: Callable[..., Any], *args: Any) -> Delivery | None:
         message.accept = self._accept

@@ -199,7 +199,7 @@ def test_what_a_worker_holds_comes_with_the_scheduled(outbox, call):
     outbox.assert_not_enqueued()
 
 
-def test_19_duplicates_prove_a_task_idempotent(outbox, catga_app, call):
+def test_19_duplicates_prove_a_task_idempotent(outbox, catga_app, call, caplog):
     """Scenario 19: an effectively-once task's effects are there once, and an at-least-once task's twice."""
     call["charge"].delay(1)
     found = outbox.drain(duplicates=True)
@@ -209,6 +209,7 @@ def test_19_duplicates_prove_a_task_idempotent(outbox, catga_app, call):
     call["pay"].delay(2)
     assert [each.ran for each in outbox.drain(duplicates=True) if each.task == "pay"] == [True, True]
     assert payments(catga_app) == [1, 2, 2]
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_a_tasks_error_is_the_tests(outbox, call):
@@ -233,7 +234,9 @@ def test_what_a_worker_refuses(outbox, catga_app, call, caplog):
     catga_app.send_task("who?")
     with pytest.raises(NotRegistered):
         outbox.drain()
-    outbox.assert_not_enqueued()
+    catga_app.send_task("who?")
+    assert [(each.task, each.state) for each in outbox.drain(raise_errors=False)] == [("who?", "FAILURE")]
+    assert outbox.drain() == []
 
 
 def test_an_endless_task_is_an_error(outbox, catga_app):
@@ -255,6 +258,15 @@ def test_retries_come_to_an_end(outbox, call):
 
 
 def test_what_cant_be_published_is_an_error(outbox, catga_app, call):
+    call["add"].delay(1)
+    with catga_app.outbox.engine.begin() as connection:
+        connection.execute(text("UPDATE catga_outbox SET headers = 'garbage'"))
+    with pytest.raises(AssertionError, match=r"(?s)couldn't publish:.*add.*headers"):
+        outbox.drain()
+    catga_app.conf.outbox_max_attempts = 1
+    del catga_app.catga_settings
+    with catga_app.outbox.engine.begin() as connection:
+        connection.execute(text("DELETE FROM catga_outbox"))
     call["add"].delay(1)
     with catga_app.outbox.engine.begin() as connection:
         connection.execute(text("UPDATE catga_outbox SET headers = 'garbage'"))
