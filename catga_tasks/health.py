@@ -174,7 +174,7 @@ def _words(error: BaseException) -> str:
         error = error.__cause__
         words = describe(error).partition(": ")[2]
         code = _REDIS_CODE.search(words)
-        if type(error).__name__ == "Full" or "JetStream" in words:
+        if words.startswith(("NATS: ", "NATS has no JetStream")):
             return words
         return f"no message can go through ({type(error).__name__}{': ' + code[1] if code else ''})"
     if isinstance(error, SQLAlchemyError):

@@ -45,7 +45,7 @@ AT_FAULT = (MessageRejected, ChannelError, StreamConflict)
 #: The server's codes for an account or a server without JetStream. Its other answers of 503 pass: no leader yet.
 _NO_JETSTREAM = (None, 10039, 10076)
 #: Its codes for resources that are used up: memory, storage, peers, streams or consumers of the account.
-_EXHAUSTED = (10005, 10023, 10026, 10027, 10028, 10047)
+_EXHAUSTED = (10002, 10005, 10023, 10026, 10027, 10028, 10047)
 
 
 def refusal(msg: Msg) -> Exception | None:

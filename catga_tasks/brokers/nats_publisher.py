@@ -70,11 +70,10 @@ class NatsPublisher(KombuPublisher):
             self.give_up(error)
 
     def probe(self, queues: Sequence[str]) -> None:
-        """Ask JetStream for room in each queue's stream, and publish what it refuses only after all else is fine."""
+        """Ask JetStream for room in each queue's stream, and let it store a message beside them."""
         try:
             nats = self.producer().channel.nats
-            for queue in queues:
-                nats.call(nats.streams.probe(queue))
+            nats.call(nats.streams.probe(queues))
         except Exception as error:
             self.give_up(error)
 

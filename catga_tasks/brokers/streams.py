@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from nats.js import api
 from nats.js import errors as js_errors
 
-from catga_tasks.brokers.nats_errors import Full, StreamConflict, refusal
+from catga_tasks.brokers.nats_errors import Full, StreamConflict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from catga_tasks.brokers.jetstream import Connection
 
@@ -23,10 +23,10 @@ MAX_WAITING = 4096
 EXPIRES = "catga-expires"
 #: Expired queues are looked for no more often than this, in seconds.
 SWEEP_SECONDS = 60.0
-#: The room that a message needs at least, in bytes: a full stream has less left, not none.
-PROBE_BYTES = 1024
-#: How the server refuses a message for the sequence that it expects.
-_WRONG_SEQUENCE = "wrong last sequence"
+#: The room that a message needs, in bytes: a full stream has a little left, not none.
+PROBE_BYTES = 8192
+#: The queue whose stream a probe writes to.
+PROBE = "catga-probe"
 #: The server's code for a stream of that name with another configuration.
 _STREAM_EXISTS = 10058
 
@@ -168,14 +168,34 @@ class Streams:
         known = [moment for moment in moments if moment is not None]
         return (dt.datetime.now(dt.UTC) - max(known)).total_seconds() if known else 0.0
 
-    async def probe(self, queue: str) -> None:
-        """Raise what a message to the queue would meet now; none is stored. A stream that isn't there would be made."""
+    async def probe(self, queues: Sequence[str]) -> None:
+        """Raise what a message to one of the queues would meet now.
+
+        Each stream is asked for room; one that isn't there would be made. Whether anything is stored at all shows only in
+        storing something, in a stream for that: a server's or an account's storage may be full.
+        """
+        for queue in queues:
+            await self._ask_for_room(queue)
         js, settings = self._connection.js, self._connection.settings
-        account = await js.account_info()
-        if 0 < account.limits.max_storage <= account.storage + PROBE_BYTES:
-            raise Full("NATS: the account's storage is full.")
+        own = api.StreamConfig(
+            name=settings.stream(PROBE),
+            subjects=[settings.subject(PROBE)],
+            storage=api.StorageType(settings.storage),
+            num_replicas=settings.replicas,
+            max_msgs=1,
+            discard=api.DiscardPolicy.OLD,
+        )
         try:
-            found = await js.stream_info(settings.stream(queue))
+            await js.add_stream(own)
+        except js_errors.APIError as error:
+            if error.err_code != _STREAM_EXISTS:
+                raise
+        await js.publish(settings.subject(PROBE, 0), bytes(PROBE_BYTES), settings.publish_timeout)
+        await js.purge_stream(settings.stream(PROBE))
+
+    async def _ask_for_room(self, queue: str) -> None:
+        try:
+            found = await self._connection.js.stream_info(self._connection.settings.stream(queue))
         except js_errors.NotFoundError:
             return
         limits, state = found.config, found.state
@@ -184,13 +204,6 @@ class Streams:
         ):
             message = f"NATS: the stream of queue {queue} is full."
             raise Full(message)
-        subject = settings.subject(queue, settings.priority_steps[0])
-        answer = await self._connection.nats.request(
-            subject, b"", settings.publish_timeout, headers={"Nats-Expected-Last-Sequence": str(2**63)}
-        )
-        problem = refusal(answer)
-        if problem is not None and _WRONG_SEQUENCE not in str(problem):
-            raise problem
 
     async def counts(self, queue: str) -> tuple[int, int]:
         """Return how many messages are ready, and how many workers hold."""

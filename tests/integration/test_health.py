@@ -14,6 +14,7 @@ from redis import Redis, ResponseError
 from sqlalchemy import create_engine, text
 
 from catga_tasks import Catga, health, migrate
+from catga_tasks.errors import BrokerUnavailable
 from tests.processes import ROOT
 from tests.waiting import wait_until
 from workers.servers import free_port
@@ -108,7 +109,7 @@ def test_a_redis_that_only_answers_pings_is_red(postgres, own_redis, settings, w
 
 
 def test_a_nats_that_cannot_store_is_red(postgres, own_nats):
-    """A server with a full stream, with a full account, and one without JetStream accept connections all the same."""
+    """A server with a full stream accepts connections all the same; the probe's own message isn't in the queue."""
     server = own_nats()
     app = shop(server.url, postgres, broker_transport_options={"max_msgs": 2})
     assert colours(health.check(app))["broker"], "a stream that isn't there yet would be made"
@@ -121,6 +122,30 @@ def test_a_nats_that_cannot_store_is_red(postgres, own_nats):
     app.send_task("charge", (2,))
     app.relay().run_once()
     assert red(health.check(app))["broker"] == "NATS: the stream of queue celery is full."
+
+
+#: An account with room for a few messages.
+SMALL = """
+accounts { A {
+  jetstream { max_file: 100KB, max_mem: 0 }
+  users: [{user: a, password: hunter2}]
+} }
+no_auth_user: a
+"""
+
+
+def test_a_nats_whose_account_is_full_is_red(postgres, own_nats):
+    """Its streams have no limit of their own; only storing something tells that nothing is stored."""
+    server = own_nats(SMALL)
+    app = shop(server.url, postgres)
+    assert colours(health.check(app))["broker"]
+    for _ in range(40):
+        app.send_task("charge", ("x" * 3000,))
+    with pytest.raises(BrokerUnavailable):
+        app.relay().run_once()
+    assert red(health.check(app))["broker"] == "NATS: resource limits exceeded for account"
+    with postgres.connect() as connection:
+        assert connection.execute(text("SELECT sum(attempts) FROM catga_outbox")).scalar_one() == 0
 
 
 def test_a_nats_without_jetstream_is_red(postgres, own_nats):
