@@ -171,8 +171,8 @@ class Streams:
     async def probe(self, queues: Sequence[str]) -> None:
         """Raise what a message to one of the queues would meet now.
 
-        Each stream is asked for room; one that isn't there would be made. Whether anything is stored at all shows only in
-        storing something, in a stream for that: a server's or an account's storage may be full.
+        Each stream is asked for room; one that isn't there would be made. Whether anything is stored at all shows only
+        in storing something, in a stream for that: a server's or an account's storage may be full.
         """
         for queue in queues:
             await self._ask_for_room(queue)
