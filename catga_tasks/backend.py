@@ -353,7 +353,7 @@ class OutboxBackend(DatabaseBackend):
         try:
             if outer is not None:
                 yield outer.connection
-            elif delivery is not None and delivery.ended:
+            elif delivery is not None and self._with_task():
                 yield delivery.session.connection()
             else:
                 with self.app.outbox.engine.connect() as connection:
