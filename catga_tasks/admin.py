@@ -6,34 +6,22 @@ Counts, dead letters, replay, discard and purge. Each change is one transaction 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import sqlalchemy as sa
 from sqlalchemy import text
 
-from catga_tasks import holds, liveness, outbox
+from catga_tasks import holds, inbox, liveness, outbox, pauses
 from catga_tasks.keys import read_headers
+from catga_tasks.selection import bound, conditions
 from catga_tasks.tables import MESSAGE_COLUMNS, dialect, later, now, seconds_since
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
+    from catga_tasks.selection import Selection
+
 
 _KEYED = "(unique_key IS NOT NULL OR ordering_key IS NOT NULL)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which messages: all that meet every condition given. `older_than` is in seconds."""
-
-    ids: tuple[int, ...] = ()
-    task: str | None = None
-    queue: str | None = None
-    older_than: float | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.ids or self.task or self.queue or self.older_than is not None)
 
 
 def status(connection: Connection) -> dict[str, Any]:
@@ -68,15 +56,10 @@ def status(connection: Connection) -> dict[str, Any]:
         "published": liveness.published(connection),
         "oldest_age_seconds": None if oldest is None else round(max(0.0, float(oldest)), 3),
         "relays": liveness.alive(connection),
-        "duplicates": duplicates(connection),
+        "duplicates": inbox.duplicates(connection),
+        "paused": pauses.all_paused(connection),
         "tasks": [by_task[key] for key in sorted(by_task)],
     }
-
-
-def duplicates(connection: Connection) -> list[dict[str, Any]]:
-    """Return what the inbox met, by task: duplicates `suppressed`, and messages `too_old` to tell."""
-    statement = text("SELECT task, suppressed, too_old FROM catga_inbox_counts ORDER BY task")
-    return [dict(row) for row in connection.execute(statement).mappings()]
 
 
 def history(connection: Connection, task_id: str) -> list[dict[str, Any]]:
@@ -109,14 +92,14 @@ def _last_error(attempts: str | None) -> str | None:
 
 def count(connection: Connection, table: str, selection: Selection) -> int:
     """Return how many rows of `catga_outbox` or `catga_dead_letters` are selected."""
-    where, parameters = _where(connection, table, selection)
-    return int(connection.execute(_bound(f"SELECT count(*) FROM {table}{where}", selection), parameters).scalar_one())
+    where, parameters = conditions(connection, table, selection)
+    return int(connection.execute(bound(f"SELECT count(*) FROM {table}{where}", selection), parameters).scalar_one())
 
 
 def dead_letters(connection: Connection, selection: Selection, limit: int) -> list[dict[str, Any]]:
     """Return the dead letters, the latest first: id, task, task_id, broker, queue, attempts, died_at, error."""
-    where, parameters = _where(connection, "catga_dead_letters", selection)
-    statement = _bound(
+    where, parameters = conditions(connection, "catga_dead_letters", selection)
+    statement = bound(
         "SELECT id, task, task_id, broker, queue, attempts, CAST(died_at AS text) AS died_at, error "
         f"FROM catga_dead_letters{where} ORDER BY died_at DESC, id DESC LIMIT :limit",
         selection,
@@ -144,25 +127,25 @@ def replay(connection: Connection, selection: Selection) -> int:
     One with an ordering key lines up behind those that have it by now; one whose unique key is taken stays dead.
     """
     names = ", ".join(name for name in MESSAGE_COLUMNS if name != "attempts")
-    where, parameters = _where(connection, "catga_dead_letters", selection)
+    where, parameters = conditions(connection, "catga_dead_letters", selection)
     keyed = _replay_keyed(connection, selection)
     where = _and(where, f"NOT {_KEYED}")
     insert = f"INSERT INTO catga_outbox ({names}) SELECT {names} FROM"
     if dialect(connection) == "postgresql":
         # One statement: two replays at once must not both see a row.
         moved = f"WITH gone AS (DELETE FROM catga_dead_letters{where} RETURNING {names}) {insert} gone"
-        return keyed + connection.execute(_bound(moved, selection), parameters).rowcount
-    copied = connection.execute(_bound(f"{insert} catga_dead_letters{where}", selection), parameters).rowcount
-    connection.execute(_bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters)
+        return keyed + connection.execute(bound(moved, selection), parameters).rowcount
+    copied = connection.execute(bound(f"{insert} catga_dead_letters{where}", selection), parameters).rowcount
+    connection.execute(bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters)
     return keyed + copied
 
 
 def _replay_keyed(connection: Connection, selection: Selection) -> int:
-    where, parameters = _where(connection, "catga_dead_letters", selection)
+    where, parameters = conditions(connection, "catga_dead_letters", selection)
     kind = dialect(connection)
     lock = " FOR UPDATE SKIP LOCKED" if kind == "postgresql" else ""
     found = connection.execute(
-        _bound(
+        bound(
             "SELECT id, task_id, unique_key, ordering_key, headers FROM catga_dead_letters"
             f"{_and(where, _KEYED)} ORDER BY id{lock}",
             selection,
@@ -189,8 +172,8 @@ def _replay_keyed(connection: Connection, selection: Selection) -> int:
 
 def discard(connection: Connection, selection: Selection) -> int:
     """Delete dead letters for good; return how many."""
-    where, parameters = _where(connection, "catga_dead_letters", selection)
-    return connection.execute(_bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters).rowcount
+    where, parameters = conditions(connection, "catga_dead_letters", selection)
+    return connection.execute(bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters).rowcount
 
 
 def purge(connection: Connection, selection: Selection) -> int:
@@ -198,24 +181,24 @@ def purge(connection: Connection, selection: Selection) -> int:
 
     What they hold is free: a unique key, and the turn among the messages of an ordering key.
     """
-    where, parameters = _where(connection, "catga_outbox", selection)
+    where, parameters = conditions(connection, "catga_outbox", selection)
     keyed = _purge_keyed(connection, selection)
     where = _and(where, f"NOT {_KEYED}")
     if dialect(connection) == "postgresql":
         where = f" WHERE id IN (SELECT id FROM catga_outbox{where} FOR UPDATE SKIP LOCKED)"
-    return keyed + connection.execute(_bound(f"DELETE FROM catga_outbox{where}", selection), parameters).rowcount
+    return keyed + connection.execute(bound(f"DELETE FROM catga_outbox{where}", selection), parameters).rowcount
 
 
 def _purge_keyed(connection: Connection, selection: Selection) -> int:
-    where, parameters = _where(connection, "catga_outbox", selection)
+    where, parameters = conditions(connection, "catga_outbox", selection)
     where = _and(where, _KEYED)
     used = f"SELECT DISTINCT ordering_key FROM catga_outbox{_and(where, 'ordering_key IS NOT NULL')}"
     # Before the rows: who ends a turn locks the key first, and the next row after it.
-    holds.lock(connection, connection.execute(_bound(used, selection), parameters).scalars().all())
+    holds.lock(connection, connection.execute(bound(used, selection), parameters).scalars().all())
     if dialect(connection) == "postgresql":
         where = f" WHERE id IN (SELECT id FROM catga_outbox{where} FOR UPDATE SKIP LOCKED)"
     statement = f"DELETE FROM catga_outbox{where} RETURNING task_id, unique_key, ordering_key"
-    gone = connection.execute(_bound(statement, selection), parameters).all()
+    gone = connection.execute(bound(statement, selection), parameters).all()
     for row in gone:
         holds.let_go(connection, row.task_id, unique_key=row.unique_key, ordering_key=row.ordering_key)
     return len(gone)
@@ -223,28 +206,6 @@ def _purge_keyed(connection: Connection, selection: Selection) -> int:
 
 def _and(where: str, condition: str) -> str:
     return f"{where} AND {condition}" if where else f" WHERE {condition}"
-
-
-def _where(connection: Connection, table: str, selection: Selection) -> tuple[str, dict[str, Any]]:
-    conditions: dict[str, tuple[str, Any]] = {}
-    if selection.ids:
-        conditions["ids"] = ("id IN :ids", list(selection.ids))
-    if selection.task:
-        conditions["task"] = ("task = :task", selection.task)
-    if selection.queue:
-        conditions["queue"] = ("queue = :queue", selection.queue)
-    if selection.older_than is not None:
-        moment = "died_at" if table == "catga_dead_letters" else "created_at"
-        conditions["ago"] = (f"{moment} < {later(connection, 'ago')}", -selection.older_than)
-    if not conditions:
-        return "", {}
-    clause = " WHERE " + " AND ".join(condition for condition, _ in conditions.values())
-    return clause, {name: value for name, (_, value) in conditions.items()}
-
-
-def _bound(statement: str, selection: Selection) -> sa.TextClause:
-    bound = text(statement)
-    return bound.bindparams(sa.bindparam("ids", expanding=True)) if selection.ids else bound
 
 
 def _decoded(value: str | None) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from catga_tasks import holds, inbox, liveness, outbox, results, retry
+from catga_tasks import holds, inbox, liveness, outbox, pauses, results, retry
 from catga_tasks.errors import LeaseLost
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from catga_tasks.outbox import Place
 
 KILLED = "The relay's process died while it published this message."
+#: Seconds between two looks at which queues are paused.
+PAUSES_SECONDS = 0.5
 #: The part of a relay's time that sweeps from the table's beginning may take.
 SWEEP_SHARE = 0.05
 #: How long deleting what is past its retention may take at a heartbeat.
@@ -55,7 +57,12 @@ class Claims:
         self._relay = relay
         self._broker = broker
         self._result_expires = result_expires
-        self._queues: tuple[str | None, ...] = tuple(queues) or (None,)
+        self._queues = tuple(sorted(queues))
+        #: The turn in which each queue was last claimed from.
+        self._served: dict[str | None, int] = {}
+        self._turn = 0
+        self._paused: frozenset[str] = frozenset()
+        self._next_pauses = 0.0
         self._locks = engine.dialect.name == "postgresql"
         self._work: Connection | None = None
         self._side: Connection | None = None
@@ -140,7 +147,7 @@ class Claims:
                 hostname=hostname,
                 pid=pid,
                 broker=self._broker,
-                queues=self._named,
+                queues=self._queues,
                 published=published,
             )
             liveness.retire(connection)
@@ -182,13 +189,9 @@ class Claims:
         """Return the seconds until the next row is due, or None if there is none."""
         work = self._open()
         with _released_on_error(self):
-            due = [outbox.next_due(work, broker=self._broker, queue=queue) for queue in self._queues]
+            due = [outbox.next_due(work, broker=self._broker, queue=queue) for queue in self._open_queues(work)]
             work.rollback()
             return min((wait for wait in due if wait is not None), default=None)
-
-    @property
-    def _named(self) -> list[str]:
-        return sorted(queue for queue in self._queues if queue is not None)
 
     def _open(self) -> Connection:
         if self._work is None:
@@ -221,12 +224,31 @@ class Claims:
         """
         self._suspects_turn = not self._suspects_turn
         kinds = (self._claim_suspect, self._claim_batch)
+        queues = self._open_queues(work)
         for claim in kinds if self._suspects_turn else kinds[::-1]:
-            for queue in self._queues:
+            for queue in queues:
                 if rows := claim(work, queue):
-                    self._queues = (*(other for other in self._queues if other != queue), queue)
+                    self._turn += 1
+                    self._served[queue] = self._turn
                     return rows
         return []
+
+    def _open_queues(self, work: Connection) -> list[str | None]:
+        """Return the queues to claim from, the longest unserved first; None stands for all of them.
+
+        While any is paused, those that have rows are named: a walk along all would pass over each paused row again.
+        """
+        if time.monotonic() >= self._next_pauses:
+            self._paused = pauses.paused(work, self._broker)
+            self._next_pauses = time.monotonic() + PAUSES_SECONDS
+        names: Sequence[str] = self._queues
+        if not names:
+            if not self._paused:
+                return [None]
+            names = outbox.queues(work, self._broker)
+        waiting = [name for name in names if name not in self._paused]
+        waiting.sort(key=lambda name: self._served.get(name, 0))
+        return [*waiting]
 
     def _claim_suspect(self, work: Connection, queue: str | None) -> list[Row]:
         rows, _ = outbox.claim(work, 1, broker=self._broker, queue=queue, suspects=True)

@@ -15,10 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from catga_tasks import admin, health, holds, migrate
+from catga_tasks import admin, health, holds, migrate, steering
 from catga_tasks.commands import (
+    actor,
     application,
     as_json_option,
+    changing,
     chosen,
     command,
     connected,
@@ -36,8 +38,8 @@ from catga_tasks.errors import CatgaError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from catga_tasks.admin import Selection
     from catga_tasks.app import Catga
+    from catga_tasks.selection import Selection
 
 #: Exit statuses of `outbox status`.
 HEALTHY, NO_RELAY, NO_DATABASE = 0, 1, 2
@@ -164,6 +166,32 @@ def check_command(app: Catga, *, max_age: float, timeout: float, as_json: bool) 
     click.get_current_context().exit(found.status)
 
 
+@command(outbox, "pause")
+@click.argument("queue")
+@option("--broker", default="", metavar="NAME", help="One of outbox_brokers, instead of the application's own.")
+def pause_command(app: Catga, *, queue: str, broker: str) -> None:
+    """Let the messages of a queue wait: relays leave them in the outbox until it is resumed.
+
+    Relays take it up within a second; the batch that one has in hand still goes.
+    """
+    if broker:
+        app.catga_settings.broker(broker)
+    with changing(app) as connection:
+        done = steering.pause(connection, broker, queue, actor())
+    click.echo(f"Queue {queue} is paused." if done else f"Queue {queue} was paused before.")
+
+
+@command(outbox, "resume")
+@click.argument("queue")
+@option("--broker", default="", metavar="NAME", help="One of outbox_brokers, instead of the application's own.")
+def resume_command(app: Catga, *, queue: str, broker: str) -> None:
+    """Let a paused queue go on."""
+    with changing(app) as connection:
+        done = steering.resume(connection, broker, queue, actor())
+    app.outbox.wake()
+    click.echo(f"Queue {queue} goes on." if done else f"Queue {queue} wasn't paused.")
+
+
 @command(outbox, "dev")
 @option("--data", default=".catga", show_default=True, help="Folder of the broker's data.")
 @option("--concurrency", "-c", type=click.IntRange(min=1), help="The worker's processes or threads.")
@@ -185,7 +213,10 @@ def dev_command(
 @click.argument("tornado_argv", nargs=-1, type=click.UNPROCESSED, metavar="[FLOWER OPTIONS]...")
 @click.pass_context
 def flower_command(context: click.Context, tornado_argv: tuple[str, ...]) -> None:
-    """Run Flower, whose Broker page knows nats:// then. Its own options follow, such as --port=5555."""
+    """Run Flower with an Outbox tab, and with the queues of nats:// on its Broker page.
+
+    Its own options follow, such as --port=5555.
+    """
     try:
         from flower.command import flower as program
     except ModuleNotFoundError:
@@ -215,6 +246,10 @@ def _draw_status(found: dict[str, Any]) -> None:
         for entry in found["duplicates"]:
             duplicates.add_row(escape(entry["task"]), f"{entry['suppressed']:,}", f"{entry['too_old']:,}")
         console.print(duplicates)
+    for each in found["paused"]:
+        where = f" of broker {each['broker']}" if each["broker"] else ""
+        words = f"Queue {each['queue']}{where} is paused, by {each['paused_by']} {each['seconds']:.0f} s ago."
+        console.print(escape(words), style="yellow")
     if not found["relays"]:
         console.print("No relay is alive: start one with `celery -A <your app> outbox relay`.", style="red")
         return
@@ -318,7 +353,7 @@ def show_command(app: Catga, number: int, *, as_json: bool) -> None:
 def replay_command(app: Catga, selection: Selection, *, everything: bool, yes: bool) -> None:
     """Put dead letters back into the outbox, to be published again."""
     with chosen(app, selection, "catga_dead_letters", "Replay", everything=everything, yes=yes) as connection:
-        done = admin.replay(connection, selection)
+        done = steering.replay(connection, selection, actor())
         left = admin.count(connection, "catga_dead_letters", selection)
     app.outbox.wake()
     click.echo(f"{done:,} dead {letters(done)} replayed.")
@@ -333,7 +368,7 @@ def replay_command(app: Catga, selection: Selection, *, everything: bool, yes: b
 def discard_command(app: Catga, selection: Selection, *, everything: bool, yes: bool) -> None:
     """Delete dead letters for good."""
     with chosen(app, selection, "catga_dead_letters", "Discard", everything=everything, yes=yes) as connection:
-        done = admin.discard(connection, selection)
+        done = steering.discard(connection, selection, actor())
     click.echo(f"{done:,} dead {letters(done)} discarded.")
 
 
@@ -344,7 +379,7 @@ def discard_command(app: Catga, selection: Selection, *, everything: bool, yes: 
 def purge_command(app: Catga, selection: Selection, *, everything: bool, yes: bool) -> None:
     """Delete messages that wait in the outbox: they are never sent. What a relay has in hand is left alone."""
     with chosen(app, selection, "catga_outbox", "Purge", everything=everything, yes=yes) as connection:
-        done = admin.purge(connection, selection)
+        done = steering.purge(connection, selection, actor())
     click.echo(f"{done:,} {'message' if done == 1 else 'messages'} purged.")
 
 

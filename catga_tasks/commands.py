@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import getpass
+import os
+import socket
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -13,28 +15,24 @@ from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import admin, migrate
-from catga_tasks.admin import Selection
 from catga_tasks.app import Catga
+from catga_tasks.audit import Actor
 from catga_tasks.database import in_one_line
 from catga_tasks.errors import CatgaError
+from catga_tasks.selection import Selection, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sqlalchemy import Connection
 
-#: Seconds in an age's units.
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 def _age(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
     """Read a span of time such as 90, 90s, 15m, 2h or 7d; return seconds."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)
-    if found is None:
-        raise click.BadParameter(f"{value!r} is not an age; write 90s, 15m, 2h or 7d.")
-    return float(found[1]) * _UNITS[found[2]]
+    try:
+        return None if value is None else seconds(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def command(group: click.Group, name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -107,12 +105,30 @@ def chosen(
         yield connection
 
 
+def actor() -> Actor:
+    """Return who runs this command."""
+    try:
+        who = getpass.getuser()
+    except (KeyError, OSError):
+        # A container's user may have no name.
+        who = f"user {os.getuid()}"
+    return Actor(who, f"command line, {socket.gethostname()}")
+
+
 @contextmanager
 def connected(app: Catga) -> Iterator[Connection]:
     """Yield a connection to the outbox's database; raise `MigrationRequired` unless its tables are this release's."""
     with app.outbox.engine.connect() as connection:
         migrate.check(connection)
         yield connection
+
+
+@contextmanager
+def changing(app: Catga) -> Iterator[Connection]:
+    """Yield a connection whose transaction is committed; raise `MigrationRequired` as `connected` does."""
+    with connected(app) as connection:
+        yield connection
+        connection.commit()
 
 
 def letters(number: int) -> str:

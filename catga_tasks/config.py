@@ -44,6 +44,8 @@ class Settings:
     #: Other brokers by name, for the option `broker` of calls and routes: each a URL, or a dictionary with "url" and
     #: "transport_options".
     outbox_brokers: Mapping[str, Any] = field(default_factory=dict)
+    #: Hide the arguments of messages in Flower's Outbox tab.
+    outbox_mask_arguments: bool = False
     #: Refuse a task that is enqueued outside a joined transaction.
     outbox_require_transaction: bool = False
     #: The delivery of tasks that don't choose their own.
@@ -64,7 +66,7 @@ class Settings:
         for name in ("outbox_retention", "inbox_retention"):
             if getattr(self, name) is not None:
                 _seconds(name, getattr(self, name))
-        for name in ("outbox_retry_jitter", "outbox_require_transaction"):
+        for name in ("outbox_retry_jitter", "outbox_mask_arguments", "outbox_require_transaction"):
             _boolean(name, getattr(self, name))
         _url("outbox_url", self.outbox_url)
         _brokers(self.outbox_brokers)

@@ -116,6 +116,7 @@ def _follow_start() -> None:
 
     def start(self: Any) -> None:
         _running.append(self)
+        web.start(self)
         original(self)
 
     flower.app.Flower.start = start

@@ -165,3 +165,9 @@ def expire(connection: Connection, retention: float, limit: int) -> int:
         "ORDER BY received_at LIMIT :limit)"
     )
     return connection.execute(statement, {"ago": -retention, "limit": limit}).rowcount
+
+
+def duplicates(connection: Connection) -> list[dict[str, Any]]:
+    """Return what the inbox met, by task: duplicates `suppressed`, and messages `too_old` to tell."""
+    statement = text("SELECT task, suppressed, too_old FROM catga_inbox_counts ORDER BY task")
+    return [dict(row) for row in connection.execute(statement).mappings()]

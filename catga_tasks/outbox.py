@@ -43,6 +43,8 @@ _ADD = {
 _ADD["sqlite"] = _ADD["sqlite"].bindparams(sa.bindparam("eta", type_=UTCDateTime))
 _COPY = f"COPY catga_outbox ({_NAMES}) FROM STDIN"
 _COUNT = len(STORED)
+#: The first queue after a name in which rows wait for a broker.
+NEXT_QUEUE = text("SELECT min(queue) FROM catga_outbox WHERE broker = :broker AND queue > :last")
 
 
 def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
@@ -203,23 +205,20 @@ def history(connection: Connection, row: Row, error: str) -> str:
 
 def next_due(connection: Connection, *, broker: str = "", queue: str | None = None) -> float | None:
     """Return the seconds until the next row that isn't due yet, or None; 0 if one is due."""
-    where = "broker = :broker" if queue is None else "broker = :broker AND queue = :queue"
-    statement = text(
-        f"SELECT -({seconds_since(connection, 'available_at')}) FROM catga_outbox WHERE {where} "
-        "ORDER BY available_at, id LIMIT 1"
-    )
-    wait = connection.execute(statement, {"broker": broker, **({} if queue is None else {"queue": queue})}).scalar()
-    return None if wait is None else max(0.0, float(wait))
+    wait = _first_due(connection, broker, queue)
+    return None if wait is None else max(0.0, wait)
+
+
+def overdue(connection: Connection, *, broker: str = "", queue: str | None = None) -> float | None:
+    """Return for how many seconds the row that is due the longest has been due; None if none is."""
+    wait = _first_due(connection, broker, queue)
+    return None if wait is None or wait > 0 else -wait
 
 
 def oldest_age(connection: Connection) -> float | None:
     """Return for how many seconds the longest due row has been due, or None, by one probe of the index a broker."""
-    statement = text(
-        f"SELECT {seconds_since(connection, 'available_at')} FROM catga_outbox WHERE broker = :broker "
-        "ORDER BY available_at, id LIMIT 1"
-    )
-    ages = [connection.execute(statement, {"broker": broker}).scalar() for broker in ("", *brokers(connection))]
-    return max((float(age) for age in ages if age is not None and age >= 0), default=None)
+    ages = (overdue(connection, broker=broker) for broker in ("", *brokers(connection)))
+    return max((age for age in ages if age is not None), default=None)
 
 
 def brokers(connection: Connection) -> list[str]:
@@ -236,9 +235,29 @@ def clock(connection: Connection) -> float:
     return float(connection.execute(text(f"SELECT {epoch(connection, 'now')}")).scalar_one())
 
 
+def queues(connection: Connection, broker: str) -> list[str]:
+    """Return the queues that a broker's rows of any kind wait in, by one probe of the index each."""
+    found: list[str] = []
+    values = {"broker": broker}
+    while (name := connection.execute(NEXT_QUEUE, {**values, "last": found[-1] if found else ""}).scalar()) is not None:
+        found.append(name)
+    return found
+
+
 def notify(connection: Connection) -> None:
     """Wake the relays; on a connection that commits each statement, for NOTIFY locks the database at commit."""
     connection.execute(text(f"NOTIFY {CHANNEL}"))
+
+
+def _first_due(connection: Connection, broker: str, queue: str | None) -> float | None:
+    """Return in how many seconds the first row is due, negative if it is, or None without a row: one index probe."""
+    where = "broker = :broker" if queue is None else "broker = :broker AND queue = :queue"
+    statement = text(
+        f"SELECT -({seconds_since(connection, 'available_at')}) FROM catga_outbox WHERE {where} "
+        "ORDER BY available_at, id LIMIT 1"
+    )
+    wait = connection.execute(statement, {"broker": broker, **({} if queue is None else {"queue": queue})}).scalar()
+    return None if wait is None else float(wait)
 
 
 def _scheduled(envelope: Envelope) -> bool:

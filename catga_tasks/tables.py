@@ -117,6 +117,12 @@ outbox = sa.Table(
         postgresql_where=sa.text("ordering_key IS NOT NULL"),
         sqlite_where=sa.text("ordering_key IS NOT NULL"),
     ),
+    sa.Index(
+        "catga_outbox_retrying",
+        "id",
+        postgresql_where=sa.text("attempts > 0"),
+        sqlite_where=sa.text("attempts > 0"),
+    ),
     sqlite_autoincrement=True,
 )
 
@@ -265,6 +271,30 @@ turns = sa.Table(
     sa.Column("key", sa.Text, primary_key=True),
     sa.Column("task_id", sa.Text, nullable=False),
     sa.Column("since", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+)
+
+#: Queues whose messages wait until somebody resumes them.
+paused_queues = sa.Table(
+    "catga_paused_queues",
+    metadata,
+    sa.Column("broker", sa.Text, primary_key=True),
+    sa.Column("queue", sa.Text, primary_key=True),
+    sa.Column("paused_at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+    sa.Column("paused_by", sa.Text, nullable=False),
+)
+
+#: Who changed what by hand. `rows` is how many messages it was, `selection` which ones, as JSON.
+audit = sa.Table(
+    "catga_audit",
+    metadata,
+    sa.Column("id", BigId, sa.Identity(), primary_key=True),
+    sa.Column("at", UTCDateTime, nullable=False, server_default=DatabaseNow()),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("via", sa.Text, nullable=False),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("rows", BigId, nullable=False),
+    sa.Column("selection", sa.Text, nullable=False),
+    sqlite_autoincrement=True,
 )
 
 #: What the two tables of messages have in common, by name.

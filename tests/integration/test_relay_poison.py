@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 
 from catga_tasks.claims import KILLED
-from catga_tasks.outbox import claim_statement
+from catga_tasks.outbox import NEXT_QUEUE, claim_statement
 from tests.integration.relay_children import Site, tell
 from tests.waiting import wait_until
 
@@ -440,3 +440,43 @@ def test_10_claims_are_quick(big, queues):
     assert sorted(times)[6] < 0.1
     assert claims.next_due() == 0
     claims.release()
+
+
+def test_10_claims_beside_a_paused_queue(big):
+    """A paused queue with most of a million rows: claims find the others by index probes, and take none of its own."""
+    from catga_tasks import pauses
+    from catga_tasks.claims import Claims
+    from catga_tasks.config import Settings
+
+    with big.begin() as connection:
+        pauses.pause(connection, "", "celery", "alice")
+        explain = text(f"EXPLAIN (FORMAT JSON) {NEXT_QUEUE}").bindparams(broker="", last="celery")
+        plan = connection.execute(explain).scalar_one()[0]["Plan"]
+        assert {node["Node Type"] for node in nodes(plan)} == {"Result", "Limit", "Index Only Scan"}, plan
+    claims, taken = Claims(big, Settings(outbox_batch_size=100), relay="test"), set()
+    for _ in range(12):
+        taken.update(row.envelope.queue for row in claims.take())
+        claims.release()
+        claims.forget_journal()
+    assert {"second", "third", "rare"} <= taken <= set(QUEUES) - {"celery"}
+    with big.begin() as connection:
+        pauses.resume(connection, "", "celery")
+
+
+@pytest.mark.parametrize("state", [None, "pending", "scheduled", "retrying"])
+@pytest.mark.parametrize("filters", [{}, {"task": "no.such"}, {"text": "no such words", "queue": "rare"}], ids="-".join)
+def test_10_pages(big, state, filters):
+    """A page of the list walks back along an index and stops, whatever it is asked for."""
+    from catga_tasks import browse
+    from catga_tasks.selection import Selection
+
+    with big.connect() as connection:
+        statement, values = browse.page_statement(connection, "catga_outbox", Selection(**filters), state)
+        values |= {"before": 2**62, "scan": browse.SCAN, "limit": 51}
+        explain = text(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}").bindparams(**values)
+        plan = connection.execute(explain).scalar_one()[0]["Plan"]
+        kinds = {node["Node Type"] for node in nodes(plan)}
+        assert kinds <= {"Limit", "Index Scan", "Subquery Scan", "Result"}, plan
+        assert max(node["Actual Rows"] for node in nodes(plan)) <= browse.SCAN
+        names = {node["Index Name"] for node in nodes(plan) if node["Node Type"] == "Index Scan"}
+        assert names == {"catga_outbox_retrying" if state == "retrying" else "catga_outbox_pkey"}
