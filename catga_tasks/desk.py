@@ -52,6 +52,16 @@ class Desk:
             raise ConfigurationError(message)
         return self._app
 
+    async def change(self, change: Callable[[Connection], T], *, seconds: float = READ_SECONDS) -> T:
+        """Return what a change returned, of a transaction that is committed; raise `CatgaError`."""
+        try:
+            return await self.ask(change, seconds=seconds)
+        except OutboxUnavailable as error:
+            message = f"{error} Whether it was done, the record of changes says."
+            raise OutboxUnavailable(message) from None
+        finally:
+            self.watch.changed()
+
     async def ask(self, question: Callable[[Connection], T], *, seconds: float = READ_SECONDS) -> T:
         """Return the answer, of a transaction that is committed; raise `CatgaError` that says what is wrong."""
         answer = asyncio.get_running_loop().run_in_executor(self._threads, self._ask, question, seconds)

@@ -287,8 +287,7 @@ class DeadLettersApi(Change):
         """Reply with how many it was."""
         selection, actor = self.chosen(self.given), self.actor()
         change = {"replay": steering.replay, "discard": steering.discard}[verb]
-        done = await self.desk.ask(lambda connection: change(connection, selection, actor), seconds=CHANGE_SECONDS)
-        self.desk.watch.changed()
+        done = await self.desk.change(lambda connection: change(connection, selection, actor), seconds=CHANGE_SECONDS)
         if verb == "replay":
             await self.desk.wake()
         self.write({"count": done})
@@ -323,8 +322,7 @@ class QueuesApi(Change):
         if not isinstance(queue, str) or not queue or not isinstance(broker, str):
             raise HTTPError(400, reason="Give queue, and broker unless it is the application's own")
         change, actor = {"pause": steering.pause, "resume": steering.resume}[verb], self.actor()
-        done = await self.desk.ask(lambda connection: change(connection, broker, queue, actor))
-        self.desk.watch.changed()
+        done = await self.desk.change(lambda connection: change(connection, broker, queue, actor))
         if verb == "resume":
             await self.desk.wake()
         self.write({"changed": done})
