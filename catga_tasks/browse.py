@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
     from catga_tasks.selection import Selection
 
-STATES = ("pending", "scheduled", "retrying", "dead")
+STATES = ("pending", "scheduled", "waiting", "retrying", "dead")
 #: Rows of a table that one page looks at: what a filter passes over counts, too.
 SCAN = 20_000
 _TOP = 2**62
 _LISTED = "id, task, task_id, queue, broker, headers, history, attempts"
 _STATEMENTS = {
     "pending": "attempts = 0 AND available_at <= {now}",
-    "scheduled": "attempts = 0 AND available_at > {now}",
+    "scheduled": "attempts = 0 AND available_at > {now} AND available_at < {never}",
+    # For the message before them that has the same key.
+    "waiting": "available_at = {never}",
     # An index has these rows alone.
     "retrying": "attempts > 0",
 }
@@ -67,7 +69,9 @@ def page(
 def page_statement(connection: Connection, table: str, selection: Selection, state: str | None) -> tuple[str, Any]:
     """Return the statement of a page of one table, and its values; a test asserts its plan."""
     clause, values = conditions(connection, table, selection)
-    condition = _STATEMENTS.get(state or "", "").format(now=now(connection))
+    condition = _STATEMENTS.get(state or "", "").format(
+        now=now(connection), never=outbox.NEVER_DUE[dialect(connection)]
+    )
     # The index of failed messages is for the walk itself.
     walked = f" AND {condition}" if state == "retrying" else ""
     if condition and not walked:
@@ -93,11 +97,13 @@ def message(connection: Connection, number: int) -> dict[str, Any] | None:
 def counts(connection: Connection) -> list[dict[str, Any]]:
     """Return how many messages are in each state, by broker and queue. It counts every row, along an index."""
     due = f"available_at <= {now(connection)}"
-    halves = f"count(*) FILTER (WHERE {due}), count(*) FILTER (WHERE NOT {due})"
+    waits = f"available_at = {outbox.NEVER_DUE[dialect(connection)]}"
+    halves = f"count(*) FILTER (WHERE {due}), count(*) FILTER (WHERE NOT {due} AND NOT {waits})"
+    waiting = f"count(*) FILTER (WHERE {waits})"
     parts = (
-        f"SELECT broker, queue, {halves}, 0, 0, 0 FROM catga_outbox GROUP BY broker, queue",
-        f"SELECT broker, queue, 0, 0, {halves}, 0 FROM catga_outbox WHERE attempts > 0 GROUP BY broker, queue",
-        "SELECT broker, queue, 0, 0, 0, 0, count(*) FROM catga_dead_letters GROUP BY broker, queue",
+        f"SELECT broker, queue, {halves}, {waiting}, 0, 0, 0 FROM catga_outbox GROUP BY broker, queue",
+        f"SELECT broker, queue, 0, 0, 0, {halves}, 0 FROM catga_outbox WHERE attempts > 0 GROUP BY broker, queue",
+        "SELECT broker, queue, 0, 0, 0, 0, 0, count(*) FROM catga_dead_letters GROUP BY broker, queue",
     )
     found: dict[tuple[str, str], list[int]] = {}
     for broker, queue, *numbers in connection.execute(text(" UNION ALL ".join(parts))):
@@ -109,10 +115,11 @@ def counts(connection: Connection) -> list[dict[str, Any]]:
             "queue": queue,
             "pending": ready - retried,
             "scheduled": later - put_off,
+            "waiting": held,
             "retrying": retried + put_off,
             "dead": dead,
         }
-        for (broker, queue), (ready, later, retried, put_off, dead) in sorted(found.items())
+        for (broker, queue), (ready, later, held, retried, put_off, dead) in sorted(found.items())
     ]
 
 
@@ -171,7 +178,8 @@ def _moments(connection: Connection, table: str) -> str:
         died = epoch(connection, "died_at")
         return f"{created}, 'dead' AS state, {died} AS died_at, error, NULL AS available_at, NULL AS due_in_seconds"
     state = (
-        "CASE WHEN attempts > 0 THEN 'retrying' "
+        f"CASE WHEN available_at = {outbox.NEVER_DUE[dialect(connection)]} THEN 'waiting' "
+        "WHEN attempts > 0 THEN 'retrying' "
         f"WHEN available_at > {now(connection)} THEN 'scheduled' ELSE 'pending' END AS state"
     )
     due = f"-({seconds_since(connection, 'available_at')}) AS due_in_seconds"

@@ -284,13 +284,18 @@ class DeadLettersApi(Change):
 
     @authenticated
     async def post(self, verb: str) -> None:
-        """Reply with how many it was."""
+        """Reply with how many it was, and how many stay: another message has the unique key."""
         selection, actor = self.chosen(self.given), self.actor()
         change = {"replay": steering.replay, "discard": steering.discard}[verb]
-        done = await self.desk.change(lambda connection: change(connection, selection, actor), seconds=CHANGE_SECONDS)
+
+        def work(connection: Connection) -> dict[str, int]:
+            done = change(connection, selection, actor)
+            return {"count": done, "left": admin.count(connection, "catga_dead_letters", selection)}
+
+        done = await self.desk.change(work, seconds=CHANGE_SECONDS)
         if verb == "replay":
             await self.desk.wake()
-        self.write({"count": done})
+        self.write(done)
 
     def chosen(self, given: dict[str, Any]) -> Selection:
         """Return what {"ids": [...]}, {"filter": {...}} or {"all": true} means."""

@@ -108,7 +108,8 @@
       : `${letters} will be deleted for good.`;
     if (!await confirmed(`${VERBS[verb][0]} ${letters}?`, what, VERBS[verb][0], verb === "discard")) { return false; }
     const done = await ask(`/api/dead/${verb}`, chosen);
-    toast(`${number(done.count)} ${VERBS[verb][1]}.`, "success");
+    const stay = done.left ? ` ${number(done.left)} stay: other messages hold their unique keys.` : "";
+    toast(`${number(done.count)} ${VERBS[verb][1]}.${stay}`, done.left ? "warning" : "success");
     return true;
   }
 
@@ -143,6 +144,8 @@
     note.textContent = oldest === null ? "nothing is due" : `oldest due for ${span(oldest)}`;
     note.classList.toggle("outbox-late", oldest !== null && oldest > 60);
     if (found.counted_seconds_ago > 5) { note.textContent += `, counted ${span(found.counted_seconds_ago)} ago`; }
+    byId("note-scheduled").textContent = found.waiting
+      ? `and ${number(found.waiting)} for the one before them` : "wait for their time";
     drawRates(found.rates, found.at);
     showRelays(found.relays);
     showQueues(found);
@@ -169,7 +172,7 @@
     const known = new Map();
     const key = (each) => JSON.stringify([each.broker, each.queue]);
     found.queues.forEach((each) => known.set(key(each), { ...each }));
-    const none = { pending: 0, scheduled: 0, retrying: 0, dead: 0 };
+    const none = { pending: 0, scheduled: 0, waiting: 0, retrying: 0, dead: 0 };
     found.paused.forEach((each) => known.set(key(each), { ...none, ...known.get(key(each)), ...each, paused: true }));
     const queues = [...known.values()];
     fill("queues", queues.map((queue) => {
@@ -183,10 +186,10 @@
       }
       const steer = element("td", null, "text-end");
       if (!unchangeable) { steer.appendChild(pauseButton(queue)); }
-      const shown = ["pending", "scheduled", "retrying", "dead"].map((each) => element(
-        "td", number(queue[each]), `text-end${["scheduled", "retrying"].includes(each) ? " outbox-secondary" : ""}`));
+      const shown = ["pending", "scheduled", "waiting", "retrying", "dead"].map((each) => element(
+        "td", number(queue[each]), `text-end${["pending", "dead"].includes(each) ? "" : " outbox-secondary"}`));
       return row([name, ...shown, steer]);
-    }), 6, "No messages.");
+    }), 7, "No messages.");
     byId("outbox-queues").replaceChildren(...queues.map((queue) => new Option(queue.queue)));
   }
 
