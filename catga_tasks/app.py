@@ -295,6 +295,9 @@ class Catga(Celery):
             return self.amqp.Connection(
                 url, heartbeat=options.get("heartbeat"), transport_options=transport_options, connect_timeout=timeout
             )
+        except KeyError as error:
+            message = f"broker_url: {error.args[0]}"
+            raise ConfigurationError(message) from None
         except ModuleNotFoundError as error:
             extra = {"nats": "nats", "nkeys": "nats", "redis": "redis"}.get(error.name or "")
             if extra is None:

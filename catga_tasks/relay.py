@@ -257,8 +257,8 @@ class Lane:
             )
         if receipt.outage is not None:
             self._failures += 1
-            name = f"the broker {self.broker}".rstrip()
-            logger.warning("Relay %s: %s is out, %s. No attempts are used up.", self.id, name, receipt.outage)
+            name, why = f"the broker {self.broker}".rstrip(), receipt.outage.rstrip(".")
+            logger.warning("Relay %s: %s is out, %s. No attempts are used up.", self.id, name, why)
         else:
             self._recovered()
         if self._on_published and receipt.confirmed:

@@ -114,6 +114,9 @@ class Connection:
         self._endless: list[asyncio.Task[None]] = []
         self._under_way: set[asyncio.Task[None]] = set()
         self._tries = 0
+        #: What waits for an answer, and why it won't come.
+        self._calls: set[concurrent.futures.Future[Any]] = set()
+        self._denied: Exception | None = None
 
     # Any thread
 
@@ -130,8 +133,11 @@ class Connection:
         """Run the coroutine on the loop thread and return its result; raise kombu's kinds of errors."""
         seconds = timeout or self.settings.publish_timeout
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._calls.add(future)
         try:
             return future.result(seconds)
+        except concurrent.futures.CancelledError:
+            raise self._denied or Unreachable("The connection to NATS was closed.") from None
         except concurrent.futures.TimeoutError as error:
             if future.done() and not future.cancelled():
                 raise translated(error) from error
@@ -140,6 +146,8 @@ class Connection:
             raise Unreachable(message) from None
         except (errors.Error, OSError, EOFError, NkeysError) as error:
             raise translated(error) from error
+        finally:
+            self._calls.discard(future)
 
     def settle(self, reply: str, verb: bytes) -> None:
         """Acknowledge (`+ACK`), give back (`-NAK`) or end (`+TERM`) a delivery; sent again until it is confirmed."""
@@ -289,7 +297,17 @@ class Connection:
             if isinstance(problem, ConfigurationError) or self._tries >= len(self._servers):
                 self._first_error.set_exception(problem)
             return
+        if "ermissions" in str(error):
+            self._deny(translated(error))
         logger.debug("NATS: %s", type(error).__name__)
+
+    def _deny(self, error: Exception) -> None:
+        """End what waits: the server says by the way that it takes no such request, and never answers it."""
+        if str(error) != str(self._denied):
+            logger.error("%s", error)
+        self._denied = error
+        for future in list(self._calls):
+            future.cancel()
 
     async def _disconnected(self) -> None:
         if not self._closing and self._grace is None:

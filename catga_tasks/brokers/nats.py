@@ -26,6 +26,7 @@ from __future__ import annotations
 import select
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from kombu.exceptions import ChannelError
 from kombu.log import get_logger
@@ -165,9 +166,15 @@ def _masked(part: str, mask: str) -> str:
 
 
 def servers_of(url: str) -> tuple[list[str], bool]:
-    """Return the cluster's servers and whether TLS is wanted."""
+    """Return the cluster's servers and whether TLS is wanted; raise `ConfigurationError` for a port that is none."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "nats", url
-    hosts = [part.strip().rstrip("/") for part in rest.split(",") if part.strip()]
-    return [f"nats://{host}" for host in hosts or ["localhost"]], scheme == "tls"
+    servers = [f"nats://{host}" for part in rest.split(",") if (host := part.strip().rstrip("/"))]
+    for server in servers:
+        try:
+            _ = urlsplit(server).port
+        except ValueError:
+            place = server.rpartition("@")[2].removeprefix("nats://")
+            raise ConfigurationError(f"broker_url: the port of {place} must be a number from 0 to 65535.") from None
+    return servers or ["nats://localhost"], scheme == "tls"

@@ -69,7 +69,9 @@ def translated(error: BaseException) -> Exception:
         found = MessageRejected(
             "The message is larger than NATS takes: raise max_payload on the server, or max_msg_size."
         )
-    elif isinstance(error, errors.AuthorizationError) or "uthorization" in words or "ermissions" in words:
+    elif "ermissions" in words:
+        found = AccessRefused(f"NATS refuses access: {words}. Allow this user what docs/reference/nats.md lists.")
+    elif isinstance(error, errors.AuthorizationError) or "uthorization" in words:
         found = AccessRefused(f"NATS refuses access: {words}. Check user, password, token, nkey or credentials.")
     elif mistake:
         found = ConfigurationError(mistake)

@@ -102,6 +102,37 @@ def test_40_mistakes_are_one_clear_error(own_nats, options):
         publish(connection, ["small"])
 
 
+def test_40_no_permission_is_said_at_once(own_nats, options, processes, tmp_path):
+    """By the server in passing, while the request would wait for its time-out; a worker ends with that line."""
+    allowed = 'publish: ["celery.>"], subscribe: ["_INBOX.>"]'
+    server = own_nats(
+        f"authorization {{ users = [ {{ user: shop, password: geheim, permissions: {{ {allowed} }} }} ] }}"
+    )
+    url = server.url.replace("nats://", "nats://shop:geheim@")
+    with (
+        Connection(url, transport_options={**options, "publish_timeout": 60.0}) as connection,
+        pytest.raises(AccessRefused, match=r"docs/reference/nats.md"),
+    ):
+        publish(connection, ["x"])
+    (tmp_path / "shop.py").write_text(APP)
+    worker = processes.celery("shop", "worker", "-P", "solo", env={"BROKER": url}, cwd=tmp_path)
+    assert worker.wait_exit() != 0
+    assert "Error: NATS refuses access" in worker.log()
+    assert "Traceback" not in worker.log()
+    assert "geheim" not in worker.log()
+
+
+@pytest.mark.parametrize("url", ["nat://127.0.0.1", "nats://shop:geheim@127.0.0.1:port"])
+def test_25_a_url_that_is_none(processes, tmp_path, url):
+    """A worker ends with one line, and without the password in it (scenarios 25 and 26)."""
+    (tmp_path / "shop.py").write_text(APP)
+    worker = processes.celery("shop", "worker", "-P", "solo", env={"BROKER": url}, cwd=tmp_path)
+    assert worker.wait_exit() != 0
+    assert "Error: broker_url" in worker.log()
+    assert "Traceback" not in worker.log()
+    assert "geheim" not in worker.log()
+
+
 def test_40_a_stream_of_somebody_else(connect, options):
     with connect() as connection:
         nats = connection.default_channel.nats
