@@ -40,6 +40,7 @@ class Leased:
         self._task_id = task_id
         self._request = request
         self._key = key_of(task_id, request)
+        self._fields = outcome.fields(task, task_id, request)
         self._owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._engine: Engine = task.app.outbox.engine
         self._seconds: float = task.app.catga_settings.inbox_lease
@@ -50,7 +51,7 @@ class Leased:
             if not self._taken():
                 return self._met()
         except SQLAlchemyError as error:
-            return give_back(self.task, self._task_id, error)
+            return give_back(self.task, self._task_id, self._request, error)
         _renewer.add(self._engine, self._key, self._owner, self._seconds)
         try:
             answer = tracer()
@@ -91,7 +92,11 @@ class Leased:
         )
         again.apply_async()
         logger.info(
-            "Task %s[%s] runs elsewhere: it is looked at again in %.1f s.", self.task.name, self._task_id, seconds
+            "Task %s[%s] runs elsewhere: it is looked at again in %.1f s.",
+            self.task.name,
+            self._task_id,
+            seconds,
+            extra=self._fields,
         )
         return outcome.ignored("another worker runs this message")
 
@@ -114,6 +119,7 @@ class Leased:
                 self.task.name,
                 self._task_id,
                 self._seconds,
+                extra=self._fields,
             )
 
     def _content(self, value: Any) -> inbox.Content | None:
@@ -136,6 +142,7 @@ class Leased:
                 self.task.name,
                 self._task_id,
                 type(error).__name__,
+                extra=self._fields,
             )
 
 

@@ -18,6 +18,7 @@ from celery.utils.saferepr import saferepr
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps, loads
 
+from catga_tasks import telemetry
 from catga_tasks.inbox import Content
 from catga_tasks.links import send_again
 
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
     from catga_tasks.inbox import Seen
 
 logger = logging.getLogger("catga_tasks.worker")
+
+
+def fields(task: Any, task_id: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which message a log line speaks of, where no task runs that could tell (see `logs`)."""
+    carried = request.get("traceparent")
+    return {
+        "task_id": task_id,
+        "task_name": task.name,
+        "message_id": request.get(telemetry.MESSAGE_ID),
+        "trace_id": carried[3:35] if isinstance(carried, str) else None,
+    }
 
 
 def ignored(reason: str) -> Any:
@@ -100,7 +112,11 @@ def repeat(task: Any, task_id: str, request: Mapping[str, Any], seen: Seen) -> A
     its result is (see `tell`), so nothing depends on it.
     """
     logger.info(
-        "Task %s[%s] came again: its first delivery ended as %s, it doesn't run twice.", task.name, task_id, seen.state
+        "Task %s[%s] came again: its first delivery ended as %s, it doesn't run twice.",
+        task.name,
+        task_id,
+        seen.state,
+        extra=fields(task, task_id, request),
     )
     if seen.state != states.SUCCESS or seen.content is None:
         return ignored(f"a duplicate; the first one ended as {seen.state}")

@@ -39,7 +39,7 @@ class Request(CeleryRequest):
                 self._dismiss()
             return
         state.task_ready(self)
-        logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
+        logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id, extra=self._fields)
         try:
             if state.should_terminate:
                 # The worker ends, and cuts its tasks short: no fault of theirs.
@@ -49,7 +49,8 @@ class Request(CeleryRequest):
             headers = {**(context.headers or {}), VERDICT: timeout}
             self.task.signature_from_request(context, retries=context.retries, headers=headers).apply_async()
         except Exception as error:  # noqa: BLE001 - whatever it is, the message must not get lost
-            logger.warning("Task %s[%s] goes back to the broker: %s", self.name, self.id, type(error).__name__)
+            reason = type(error).__name__
+            logger.warning("Task %s[%s] goes back to the broker: %s", self.name, self.id, reason, extra=self._fields)
             self.reject(requeue=True)
         else:
             self.acknowledge()
@@ -91,7 +92,12 @@ class Request(CeleryRequest):
                 self.name,
                 self.id,
                 type(problem).__name__,
+                extra=self._fields,
             )
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        return outcome.fields(self.task, self.id, self._request_dict)
 
 
 def tasks_with_database(app: Any) -> list[str]:

@@ -84,7 +84,7 @@ class CatgaTask(CeleryTask):
 
             def in_turn(call: Callable[[], Any]) -> Any:
                 held = holding.held_by(task_id, request)
-                return call() if held is None else turns.run(self, task_id, held, call)
+                return call() if held is None else turns.run(self, task_id, request, held, call)
 
             if self.delivery == "effectively_once":
                 return in_turn(lambda: worker.Once(self, task_id, request).trace(run))

@@ -12,14 +12,14 @@ from catga_tasks.database import in_one_line
 from catga_tasks.worker import give_back
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from catga_tasks.holding import Held
 
 logger = logging.getLogger("catga_tasks.worker")
 
 
-def run(task: Any, task_id: str, held: Held, call: Callable[[], Any]) -> Any:
+def run(task: Any, task_id: str, request: Mapping[str, Any], held: Held, call: Callable[[], Any]) -> Any:
     """Run a delivery, and let go of its keys unless it goes on; return the tracer's answer.
 
     An effectively-once task lets go in its own transaction, and its inbox knows duplicates by itself. If the database
@@ -28,10 +28,11 @@ def run(task: Any, task_id: str, held: Held, call: Callable[[], Any]) -> Any:
     once, outbox = task.delivery == "effectively_once", task.app.outbox
     try:
         if held.opens and not _starts(outbox, held, ask=not once):
-            logger.info("Task %s[%s] came again after its turn: it has ended before.", task.name, task_id)
+            said_of = outcome.fields(task, task_id, request)
+            logger.info("Task %s[%s] came again after its turn: it ended before.", task.name, task_id, extra=said_of)
             return outcome.ignored("a duplicate; its turn is over")
     except SQLAlchemyError as error:
-        return give_back(task, task_id, error)
+        return give_back(task, task_id, request, error)
     with holding.as_current(held):
         answer = call()
     if once or held.goes_on(answer):
@@ -39,7 +40,7 @@ def run(task: Any, task_id: str, held: Held, call: Callable[[], Any]) -> Any:
     try:
         release(outbox, held)
     except SQLAlchemyError as error:
-        return give_back(task, task_id, error)
+        return give_back(task, task_id, request, error)
     return answer
 
 

@@ -66,7 +66,7 @@ class Once:
                 self._tell()
         except (SQLAlchemyError, BackendStoreError, MigrationRequired, _Untold) as error:
             # What is committed comes again as a duplicate, which tells it once more.
-            return give_back(self.task, self._task_id, error)
+            return give_back(self.task, self._task_id, self._request, error)
         finally:
             _close(self.session)
         return answer
@@ -264,7 +264,7 @@ class Once:
             raise _Untold(f"the result backend failed: {type(error).__name__}") from error
 
     def _give_back(self, error: BaseException) -> None:
-        _wait(self.task, self._task_id, error)
+        _wait(self.task, self._task_id, self._request, error)
         raise Reject(f"the database is out: {type(error).__name__}", requeue=True) from error
 
 
@@ -314,17 +314,18 @@ def key_of(task_id: str, request: dict[str, Any]) -> inbox.Key:
     return inbox.Key(task_id, request.get("retries") or 0, request.get("replaced_task_nesting") or 0)
 
 
-def give_back(task: Any, task_id: str, error: Exception) -> Any:
+def give_back(task: Any, task_id: str, request: Mapping[str, Any], error: Exception) -> Any:
     """Return the answer that gives the message back to the broker, after a pause."""
-    _wait(task, task_id, error)
+    _wait(task, task_id, request, error)
     return outcome.given_back(in_one_line(error))
 
 
-def _wait(task: Any, task_id: str, error: BaseException) -> None:
+def _wait(task: Any, task_id: str, request: Mapping[str, Any], error: BaseException) -> None:
     """Say why a message goes back, and wait a little, longer each time: it comes again at once."""
     _outages[0] += 1
     reason = in_one_line(error) if isinstance(error, Exception) else type(error).__name__
-    logger.warning("Task %s[%s] goes back to the broker: %s", task.name, task_id, reason)
+    said_of = outcome.fields(task, task_id, request)
+    logger.warning("Task %s[%s] goes back to the broker: %s", task.name, task_id, reason, extra=said_of)
     first, longest = OUTAGE_SECONDS
     time.sleep(retry.delay(_outages[0], base=first, maximum=longest))
 
