@@ -140,3 +140,15 @@ def test_19_21_a_chords_body_runs_once_whatever_is_killed(shop):
     assert ask(app, "SELECT size, returned FROM catga_chords ORDER BY size") == [(4, 4), (7, 7)]
     assert ask(app, "SELECT count(*) FROM catga_chord_parts") == [(0,)]
     assert not any("chord_unlock" in each.log() for each in workers)
+
+
+def test_25_a_worker_without_the_tables_says_which_command(tmp_path, processes, sqlite_url):
+    """Scenario 25: results that can't be stored are found out at the start, though no task needs the inbox."""
+    (tmp_path / "bare.py").write_text(
+        f'from catga_tasks import Catga\napp = Catga("bare", broker="memory://", backend="outbox://", '
+        f'outbox="{sqlite_url}")\n'
+    )
+    process = processes.celery("bare", "worker", "-P", "solo", cwd=tmp_path)
+    assert process.wait_exit() == 1
+    assert "outbox migrate" in process.log()
+    assert "Traceback" not in process.log()
