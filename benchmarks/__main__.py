@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.bench import Row, servers
 
-NAMES = ("enqueue", "tracing", "bulk", "relay", "latency", "claim", "consume", "nats", "worker", "inbox")
+NAMES = ("enqueue", "tracing", "bulk", "relay", "latency", "claim", "consume", "nats", "worker", "inbox", "keys")
 HEAD = ("", "catga_tasks", "the other", "ratio", "target", "met")
 
 

@@ -60,7 +60,7 @@ class Gauges:
 def snapshot(connection: Connection) -> Snapshot:
     """Count."""
     status = admin.status(connection)
-    states = ("pending", "scheduled", "retrying", "dead")
+    states = ("pending", "scheduled", "waiting", "retrying", "dead")
     queues: dict[str, dict[str, Any]] = {}
     for entry in status["tasks"]:
         counts = queues.setdefault(entry["queue"], dict.fromkeys(states, 0))

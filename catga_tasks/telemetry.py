@@ -46,6 +46,7 @@ class QueueCounts:
     queue: str
     pending: int = 0
     scheduled: int = 0
+    waiting: int = 0
     retrying: int = 0
     dead: int = 0
 
@@ -72,6 +73,7 @@ def _by_queue(state: str) -> Callable[[Snapshot], Iterable[tuple[float, dict[str
 GAUGES: tuple[Gauge, ...] = (
     ("catga.outbox.pending", "{message}", "Messages that are due and untried.", _by_queue("pending")),
     ("catga.outbox.scheduled", "{message}", "Messages that wait for their ETA.", _by_queue("scheduled")),
+    ("catga.outbox.waiting", "{message}", "Messages that wait for the one before them.", _by_queue("waiting")),
     ("catga.outbox.retrying", "{message}", "Messages that failed at least once.", _by_queue("retrying")),
     ("catga.outbox.dead", "{message}", "Dead letters.", _by_queue("dead")),
     ("catga.outbox.oldest_age", "s", "How long the longest due message has been due.", lambda s: [(s.oldest_age, {})]),

@@ -272,7 +272,7 @@ class _Draining:
             now = tables.now(connection)
             statement = sa.text(
                 f"UPDATE catga_outbox SET available_at = {now} WHERE scheduled AND attempts = 0 AND available_at = "
-                "(SELECT min(available_at) FROM catga_outbox WHERE scheduled AND attempts = 0)"
+                "(SELECT min(available_at) FROM catga_outbox WHERE scheduled AND attempts = 0 AND not_before IS NULL)"
             )
             return connection.execute(statement).rowcount > 0
 

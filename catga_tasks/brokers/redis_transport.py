@@ -156,9 +156,11 @@ class Channel(kombu_redis.Channel):
         if not asked:
             raise Empty
         if found is None:
-            # The next look is due at a push, and after a while all the same: a push may get lost.
-            self._armed = frozenset(self.active_queues)
-            self._armed_until = monotonic() + self.brpop_timeout
+            # The next look is due at a push, and after a while all the same: a push may get lost. One that came along
+            # with the answer is in the client's buffer, and the socket is silent: nobody would wake for it.
+            if not connection.can_read(timeout=0):
+                self._armed = frozenset(self.active_queues)
+                self._armed_until = monotonic() + self.brpop_timeout
             raise Empty
         self._hand_over(*found)
         return True

@@ -8,8 +8,10 @@ import logging
 import os
 import random
 import signal
+import socket
 import threading
 import time
+from queue import Empty
 
 import pytest
 from kombu import Connection, Queue
@@ -139,6 +141,26 @@ def test_an_idle_consumer_is_woken(redis_url):
 def drained(connection):
     with contextlib.suppress(TimeoutError):
         connection.drain_events(timeout=5)
+
+
+def test_a_push_that_comes_with_the_answer_is_seen(redis_url):
+    """A message that arrives right after the look finds the consumer looking again, though its socket is silent."""
+    bodies = []
+    take = [lambda body, message: bodies.append(body)]
+    with connect(redis_url) as connection, connection.Consumer([Queue("q")], callbacks=take, no_ack=True):
+        with contextlib.suppress(TimeoutError):
+            connection.drain_events(timeout=0.1)
+        channel = connection.default_channel
+        channel._armed = frozenset()
+        channel._brpop_start()
+        publish(redis_url, ["late"])
+        sock = channel.client.connection._sock
+        wait_until(lambda: b"invalidate" in sock.recv(4096, socket.MSG_PEEK), what="the answer and the push")
+        with pytest.raises(Empty):
+            channel._brpop_read()
+        assert not channel._armed
+        connection.drain_events(timeout=5)
+    assert bodies == ["late"]
 
 
 def test_unacknowledged_messages_are_in_kombus_table(redis_url, server):
