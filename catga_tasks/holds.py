@@ -30,8 +30,10 @@ _RESUME = text(
 )
 _WHOSE = text("SELECT task_id FROM catga_turns WHERE key = :key")
 _MINE = text("UPDATE catga_turns SET key = key WHERE key = :key AND task_id = :task_id")
+# A range, though no moment is later: by an equality PostgreSQL may walk along the ids of all other keys' messages.
 _NEXT = text(
-    "SELECT id, task_id FROM catga_outbox WHERE ordering_key = :key AND available_at = :never ORDER BY id LIMIT 1"
+    "SELECT id, task_id FROM catga_outbox WHERE ordering_key = :key AND available_at >= :never "
+    "ORDER BY available_at, id LIMIT 1"
 )
 _OVER = text("DELETE FROM catga_turns WHERE key = :key")
 
