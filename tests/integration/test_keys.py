@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from catga_tasks import Catga, ConfigurationError, admin, claims, current_session, migrate, tables
-from catga_tasks.admin import Selection
+from catga_tasks.selection import Selection
 from tests.conftest import fresh_database
 from tests.waiting import wait_until
 
