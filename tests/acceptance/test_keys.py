@@ -148,9 +148,9 @@ def test_what_never_ran_holds_up_nobody(make_shop):
         shop.send("follow", name, key=name)
     assert shop.ask("SELECT count(*) FROM catga_outbox WHERE available_at > '9999-01-01'") == [(len(names),)]
     worker = shop.worker()
-    wait_until(lambda: shop.app.control.revoke("nobody", reply=True), what="a worker that hears")
-    revoked = shop.send("sleep", 0, key="revoked", countdown=1)
-    assert shop.app.control.revoke(revoked.id, reply=True)
+    wait_until(lambda: shop.app.control.revoke("nobody", reply=True, limit=1), what="a worker that hears")
+    revoked = shop.send("sleep", 0, key="revoked", countdown=3)
+    assert shop.app.control.revoke(revoked.id, reply=True, limit=1, timeout=20)
     shop.send("follow", "revoked", key="revoked")
     names.append("revoked")
     expected = sorted([*names, "survived died"])
