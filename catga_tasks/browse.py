@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STATES = ("pending", "scheduled", "waiting", "retrying", "dead")
 #: Rows of a table that one page looks at: what a filter passes over counts, too.
-SCAN = 20_000
+SCAN = 10_000
 _TOP = 2**62
 _LISTED = "id, task, task_id, queue, broker, headers, history, attempts"
 _STATEMENTS = {

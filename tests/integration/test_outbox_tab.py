@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import uuid
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -12,7 +15,7 @@ from sqlalchemy import create_engine, make_url, text
 from catga_tasks import Catga, migrate
 from catga_tasks.tables import MESSAGE_COLUMNS
 from tests.flowers import start_flower
-from tests.processes import Processes
+from tests.processes import ROOT, Processes
 from tests.waiting import wait_until
 from workers.servers import PostgresServer
 
@@ -379,3 +382,23 @@ def test_25_a_database_that_is_down(processes, tmp_path):
             wait_until(lambda: flower.get("/outbox/api/messages").status == 200, what="the database's return")
         shop.engine.dispose()
     assert "Traceback" not in flower.process.log()
+
+
+def test_the_oldest_flower(letter, processes, tmp_path, nats_server):
+    """The same on Flower 2.1, which has no cross-site checks of its own: the tab, a change, a refusal, NATS' queues."""
+    old = Path(sys.prefix) / "flower-2.1"
+    if not old.exists():
+        pytest.fail("make test installs it") if os.environ.get("CI") else pytest.skip(
+            "Flower 2.1 is missing: make test"
+        )
+    path = os.pathsep.join(map(str, (old, tmp_path, ROOT)))
+    flower = start_flower(processes, tmp_path, nats_server, letter.url, "--url_prefix=old", user=USER, PYTHONPATH=path)
+    flower.url += "/old"
+    assert "Outbox</a>" in flower.get("/outbox").text
+    assert "4711" in flower.get(f"/outbox/message/{ids(flower.get('/outbox/api/messages'))[0]}").text
+    for headers in OTHER_SITES:
+        refused(flower, letter, 415 if "Content_Type" in headers else 403, **headers)
+    refused(type(flower)(flower.process, flower.url), letter, 401)
+    assert flower.post("/outbox/api/dead/replay", {"all": True}).json["count"] == 1
+    assert flower.get("/broker").status == 200
+    assert flower.get("/outbox/static/outbox.js").status == 200
