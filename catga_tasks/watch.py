@@ -20,7 +20,7 @@ SAMPLE_SECONDS = 5.0
 #: How far back the rates go, in seconds.
 PAST_SECONDS = 600.0
 #: A rate is taken over so many samples: relays say every 5 seconds how much they have published.
-_WINDOW = 3
+_WINDOW = 6
 _LIVE_SECONDS = 0.9
 #: Counting may take one part in so many of the time.
 _COUNT_SHARE = 50

@@ -92,6 +92,9 @@
       const modal = bootstrap.Modal.getOrCreateInstance(dialog);
       let said = false;
       yes.onclick = () => { said = true; modal.hide(); };
+      // Bootstrap ignores what is clicked while the dialog fades in.
+      yes.disabled = true;
+      dialog.addEventListener("shown.bs.modal", () => { yes.disabled = false; yes.focus(); }, { once: true });
       dialog.addEventListener("hidden.bs.modal", () => resolve(said), { once: true });
       modal.show();
     });
@@ -162,7 +165,7 @@
       return row([
         name, element("td", relay.queues.join(", ") || "all"),
         element("td", span(relay.lag_seconds), `text-end${relay.lag_seconds > 60 ? " outbox-late" : ""}`),
-        element("td", `${span(relay.heartbeat_age_seconds)} ago`, "text-end"),
+        element("td", `${span(relay.heartbeat_age_seconds)} ago`, "text-end outbox-secondary"),
         element("td", number(relay.published), "text-end"),
       ]);
     }), 5, "No relay is alive: start one with “celery -A <your app> outbox relay”.");

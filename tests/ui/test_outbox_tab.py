@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 PICTURES = os.environ.get("CATGA_SCREENSHOTS")
 PHONE = 390
 #: Seconds of traffic before the pictures.
-TRAFFIC = 150
+TRAFFIC = 60
 
 
 class Tab:
@@ -56,7 +56,7 @@ class Tab:
         wait_until(lambda: words in self.text(selector), deadline=deadline, what=f"{words!r} in {selector}", every=0.1)
 
     def click(self, selector):
-        wait_until(lambda: self.find(selector).is_displayed(), what=selector)
+        wait_until(lambda: (found := self.find(selector)).is_displayed() and found.is_enabled(), what=selector)
         self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", self.find(selector))
         self.find(selector).click()
 
@@ -126,7 +126,7 @@ def _traffic(app):
     """Send messages at a rate that changes, for the chart of the pictures."""
     end = time.monotonic() + TRAFFIC
     while time.monotonic() < end:
-        app.tasks["shop.receipt"].delay_many([(order,) for order in range(random.randint(1, 60))])
+        app.tasks["shop.receipt"].delay_many([(order,) for order in range(random.randint(1, 12))])
         time.sleep(1)
 
 
@@ -145,7 +145,7 @@ def test_find_a_dead_letter_and_replay_it(browser, shop):
     tab.click("[data-verb=replay]")
     tab.sees("Replay 1 dead letter?", "#outbox-dialog-title")
     tab.click("#outbox-dialog-yes")
-    wait_until(lambda: "charged order 8" in worker.log(), what="the task")
+    wait_until(lambda: "charged order 8" in worker.log(), deadline=60, what="the task")
     wait_until(lambda: browser.current_url == f"{flower.url}/outbox", what="the list again")
     _discard_the_others(tab, engine)
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -194,7 +194,7 @@ def _open_the_letter_of_order_8(tab):
     assert "tok_4242" not in tab.browser.page_source
     assert tab.text("#message-trace") == "4bf92f3577b34da6a3ce929d0e0e4736"
     tab.open(tab.browser.current_url.removeprefix(tab.url))
-    tab.picture("outbox-message")
+    tab.picture("outbox-message", height=1230)
     tab.size(1280, 900)
 
 
@@ -204,6 +204,7 @@ def _discard_the_others(tab, engine):
     tab.click("#mark-all")
     tab.click("[data-verb=discard][data-scope=ids]")
     tab.sees("Discard 2 dead letters?", "#outbox-dialog-title")
+    wait_until(lambda: tab.find("#outbox-dialog-yes").is_enabled(), what="the whole dialog")
     tab.picture("outbox-confirm", height=1180)
     tab.click("#outbox-dialog .btn-close")
     wait_until(lambda: not tab.find("#outbox-dialog").is_displayed(), what="the closed dialog")
