@@ -19,7 +19,8 @@ from kombu.exceptions import EncodeError
 from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import inbox, outcome
-from catga_tasks.worker import give_back, is_too_old, key_of
+from catga_tasks.errors import OutboxUnavailable
+from catga_tasks.worker import Untold, give_back, is_too_old, key_of, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +51,8 @@ class Leased:
         try:
             if not self._taken():
                 return self._met()
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, OutboxUnavailable, Untold) as error:
+            # Nobody else would bring it again: Celery takes an error here for the task's failure.
             return give_back(self.task, self._task_id, self._request, error)
         _renewer.add(self._engine, self._key, self._owner, self._seconds)
         try:
@@ -81,7 +83,7 @@ class Leased:
         if seen is None or seen.state == inbox.STARTED:
             return self._postpone(left)
         answer = outcome.repeat(self.task, self._task_id, self._request, seen)
-        outcome.tell(self.task, self._task_id, self._request, seen)
+        tell([lambda: outcome.tell(self.task, self._task_id, self._request, seen)])
         return answer
 
     def _postpone(self, seconds: float) -> Any:

@@ -63,8 +63,8 @@ class Once:
             with self._current():
                 answer, committed = self._steps(tracer)
             if committed:
-                self._tell()
-        except (SQLAlchemyError, BackendStoreError, MigrationRequired, _Untold) as error:
+                tell(self._after)
+        except (SQLAlchemyError, BackendStoreError, MigrationRequired, Untold) as error:
             # What is committed comes again as a duplicate, which tells it once more.
             return give_back(self.task, self._task_id, self._request, error)
         finally:
@@ -256,13 +256,6 @@ class Once:
         if held.end(self.session.connection()):
             self._after.append(self.task.app.outbox.wake)
 
-    def _tell(self) -> None:
-        try:
-            for work in self._after:
-                work()
-        except Exception as error:
-            raise _Untold(f"the result backend failed: {type(error).__name__}") from error
-
     def _give_back(self, error: BaseException) -> None:
         _wait(self.task, self._task_id, self._request, error)
         raise Reject(f"the database is out: {type(error).__name__}", requeue=True) from error
@@ -282,7 +275,7 @@ class Here(Once):
                 answer = self._traced(tracer)
                 if self.session.in_transaction():
                     self._commit()
-            self._tell()
+            tell(self._after)
         finally:
             _close(self.session)
         return answer
@@ -296,8 +289,17 @@ class Here(Once):
         self._transaction = self.session.get_transaction()
 
 
-class _Untold(Exception):
-    """The task is committed, and the result backend doesn't know."""
+class Untold(Exception):
+    """The task is over, and the result backend doesn't know."""
+
+
+def tell(works: Sequence[Callable[[], object]]) -> None:
+    """Tell the result backend what has become certain; raise `Untold` if it can't be told."""
+    try:
+        for work in works:
+            work()
+    except Exception as error:
+        raise Untold(f"the result backend failed: {type(error).__name__}") from error
 
 
 def is_too_old(task: Any, request: Mapping[str, Any]) -> bool:

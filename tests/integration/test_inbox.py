@@ -356,6 +356,27 @@ def test_04_a_database_that_goes_away_is_no_failure(postgres_app, monkeypatch):
     assert (effects(postgres_app), entries(postgres_app)) == ([], [])
 
 
+def test_a_lease_that_cant_be_waited_for_is_no_failure(postgres_app, monkeypatch):
+    """A message that meets a lease goes back to the broker if the outbox can't take it meanwhile."""
+    monkeypatch.setattr("catga_tasks.worker.OUTAGE_SECONDS", (0.01, 0.01))
+    found = task(postgres_app, charge, delivery="at_least_once", deduplicate=True)
+    with postgres_app.outbox.engine.begin() as connection:
+        inbox.take_lease(connection, inbox.Key("1"), "charge", owner="another", seconds=60)
+        connection.execute(
+            sa.text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN RAISE EXCEPTION 'out' USING ERRCODE = '57P01'; END $$"
+            )
+        )
+        connection.execute(
+            sa.text("CREATE TRIGGER refuse BEFORE INSERT ON catga_outbox FOR EACH ROW EXECUTE FUNCTION refuse()")
+        )
+    answer = deliver(found, "a", args=["a"], kwargs={})
+    assert answer.info.state == states.REJECTED
+    assert answer.info.retval.requeue
+    assert (RAN, enqueued(postgres_app)) == ([], [])
+
+
 def test_15_a_serialization_failure_is_no_failure(postgres_app, monkeypatch):
     """Scenario 15: the transaction that the database chose as a victim is run again."""
     monkeypatch.setattr("catga_tasks.worker.OUTAGE_SECONDS", (0.01, 0.01))
