@@ -1,8 +1,11 @@
-# Two commands: `make demo` and `make test`. Each sets up .venv by itself, from PyPI alone.
+# Three commands: `make demo`, `make test` and `make chaos`. Each sets up .venv by itself, from PyPI alone.
 PYTHON ?= python3
 # What `make demo` runs on: sqlite or postgresql, nats or redis.
 DATABASE ?= sqlite
 BROKER ?= nats
+# What `make chaos` draws the faults from, and how many there are over each broker: NATS and Redis, or BROKER.
+SEED ?= 7
+FAULTS ?= 1000
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -12,10 +15,13 @@ SERVERS := $(addprefix .venv/nats-servers/,2.10.26 2.11.11 2.12.8 2.15.1)
 # The oldest Flower that its tab is tested with, beside the one that is installed.
 OLD_FLOWER := .venv/flower-2.1
 
-.PHONY: demo test test-ui lint bench servers clean
+.PHONY: demo chaos test test-ui lint bench servers clean
 
 demo: $(READY)
 	$(BIN)/python -m workers.demo --database $(DATABASE) --broker $(BROKER)
+
+chaos: $(READY)
+	$(BIN)/python -m workers.chaos --seed $(SEED) --faults $(FAULTS) $(if $(filter file,$(origin BROKER)),,--broker $(BROKER))
 
 test: lint servers $(OLD_FLOWER)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

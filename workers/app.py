@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from catga_tasks import Catga
+from workers import deliveries
 
 DATABASE_URL = os.environ.get("SHOP_DATABASE_URL", "sqlite:///shop.db")
 BROKER_URL = os.environ.get("SHOP_BROKER_URL", "nats://127.0.0.1:4222")
@@ -32,11 +33,16 @@ def transport_options(broker: str) -> dict[str, Any]:
 
 app = Catga("shop", broker=BROKER_URL, outbox=DATABASE_URL, include=["workers.tasks"])
 app.conf.update(
-    # The tables hold the results.
+    # The tables hold the results. The parts of chords are counted in the same database.
     task_ignore_result=True,
+    result_backend="outbox://",
     broker_connection_retry_on_startup=True,
     broker_transport_options=transport_options(BROKER_URL),
     # On SQLite the relay that stands by takes over this long after the one that works was killed.
     outbox_lease_timeout=float(os.environ.get("SHOP_LEASE_TIMEOUT", "30")),
     outbox_publish_timeout=float(os.environ.get("SHOP_PUBLISH_TIMEOUT", "10")),
+    # After this long without a word from its worker, a label is printed by another one.
+    inbox_lease=float(os.environ.get("SHOP_INBOX_LEASE", "30")),
 )
+if path := os.environ.get("SHOP_DELIVERIES"):
+    deliveries.note(path)

@@ -7,32 +7,29 @@ folder, and nothing left behind afterwards. `make demo DATABASE=postgresql BROKE
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
-import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from workers.drain import Drain
+from workers.interrupts import Interrupted
+from workers.load import Load
 from workers.servers import NatsServer, PostgresServer, RedisServer, Server
-from workers.staff import ROOT, Staff, celery
+from workers.staff import Staff
 
 if TYPE_CHECKING:
     from workers.audit import Audit
 
-PLACING_THREADS = 4
 #: The servers; SQLite needs none.
 DATABASES: dict[str, type[PostgresServer] | None] = {"sqlite": None, "postgresql": PostgresServer}
 BROKERS: dict[str, type[NatsServer | RedisServer]] = {"nats": NatsServer, "redis": RedisServer}
@@ -46,103 +43,8 @@ TIMEOUTS = {
 }
 #: The demo fails if something is still under way after this many seconds.
 DEADLINE = 120.0
-#: Seconds without a message anywhere, after which none is under way: one may be between the broker and a worker.
-QUIET = 1.0
 #: Who is killed, and when: the share of the tasks that have run by then.
 KILLS = (("worker", 0.2), ("relay", 0.4))
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM."""
-
-    #: The signals that came. They are noted, not raised: an exception amid a fork or a lock leaves both broken.
-    signals: ClassVar[list[int]] = []
-
-    @classmethod
-    def check(cls) -> None:
-        """Raise if a signal came."""
-        if cls.signals:
-            raise cls
-
-
-class Load:
-    """Orders, placed by threads of their own."""
-
-    def __init__(self, orders: int, seed: int) -> None:
-        self._stop = threading.Event()
-        self._errors: list[Exception] = []
-        shares = [len(range(number, orders, PLACING_THREADS)) for number in range(PLACING_THREADS)]
-        self._threads = [
-            threading.Thread(target=self._place, args=(share, random.Random(seed * PLACING_THREADS + number)))
-            for number, share in enumerate(shares)
-        ]
-
-    def start(self) -> None:
-        """Begin to place orders."""
-        for thread in self._threads:
-            thread.start()
-
-    def placed(self) -> bool:
-        """Return whether all orders are placed; raise what kept one from it."""
-        if self._errors:
-            raise self._errors[0]
-        return not any(thread.is_alive() for thread in self._threads)
-
-    def end(self) -> None:
-        """Stop and wait for the orders in hand."""
-        self._stop.set()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
-
-    def _place(self, count: int, lots: random.Random) -> None:
-        from workers.shop import place_or_fail
-
-        try:
-            for _ in range(count):
-                if self._stop.is_set():
-                    return
-                place_or_fail(lots)
-        except Exception as error:  # noqa: BLE001 - raised in the main thread
-            self._errors.append(error)
-
-
-def drained() -> bool:
-    """Return whether no message is left: not in the outbox, not in the broker, not in a worker's hands."""
-    from sqlalchemy import text
-
-    from workers.app import BROKER_URL, app
-    from workers.models import Session
-
-    with Session() as session:
-        if session.scalar(text("SELECT count(*) FROM catga_outbox")):
-            return False
-    held = held_by_nats if BROKER_URL.startswith("nats") else held_by_redis
-    return not held(BROKER_URL, app.conf.task_default_queue)
-
-
-def held_by_nats(url: str, queue: str) -> int:
-    """Return how many messages NATS keeps: a stream has those that a worker holds, too."""
-    import nats
-
-    from catga_tasks.brokers.nats_settings import NatsSettings
-
-    async def ask() -> int:
-        client = await nats.connect(url)
-        try:
-            return int((await client.jetstream().stream_info(NatsSettings().stream(queue))).state.messages)
-        finally:
-            await client.close()
-
-    return asyncio.run(ask())
-
-
-def held_by_redis(url: str, queue: str) -> int:
-    """Return how many messages Redis keeps, those that a worker holds among them."""
-    import redis
-
-    with redis.Redis.from_url(url) as client:
-        return int(client.llen(queue)) + int(client.hlen("unacked"))
 
 
 def working_relay() -> int | None:
@@ -161,33 +63,29 @@ def watch(load: Load, staff: Staff, orders: int, progress: Progress) -> tuple[Au
     """Follow the deliveries and kill on the way; return the last count, and whether nothing was under way then."""
     from workers.audit import audit
     from workers.models import Session
-    from workers.shop import FAILING
+    from workers.shop import EFFECTS
 
     placing = progress.add_task("Orders placed", total=orders)
     delivering = progress.add_task("Tasks delivered", total=None)
     kills = list(KILLS)
-    expected = orders * (1 - FAILING) * 3
+    expected = orders * EFFECTS
     deadline = time.monotonic() + DEADLINE
-    quiet_since = None
+    drain = Drain()
     while True:
         Interrupted.check()
         placed = load.placed()
         with Session() as session:
             count = audit(session)
-        progress.update(placing, completed=count.orders + count.rolled_back)
+        progress.update(placing, completed=min(orders, count.orders + count.rolled_back))
         progress.update(delivering, completed=count.delivered, total=count.committed if placed else None)
         staff.check()
         if kills and count.delivered >= expected * kills[0][1]:
             kind, _ = kills.pop(0)
             staff.replace(kind, working_relay() if kind == "relay" else None)
             progress.console.print(f"SIGKILL to a {kind} after {count.delivered} deliveries; another one starts.")
-        if not placed or not drained():
-            quiet_since = None
-        elif quiet_since is None:
-            quiet_since = time.monotonic()
-        # Only when nothing is under way is it certain that nothing more is sent, or that a task is lost.
-        if quiet_since is not None and time.monotonic() - quiet_since > QUIET:
-            return count, True
+        if placed and drain.over():
+            with Session() as session:
+                return audit(session), True
         if time.monotonic() > deadline:
             return count, False
         time.sleep(0.2)
@@ -199,9 +97,10 @@ def report(count: Audit, staff: Staff, seconds: float, *, database: str) -> Tabl
     table.columns[1].justify = "right"
     rows = {
         "Orders committed": count.orders,
-        "Tasks committed (charge, receipt, stock)": count.committed,
+        "Tasks committed (charge, receipt, stock, ...)": count.committed,
         "Tasks delivered": count.delivered,
-        "Duplicate deliveries": count.duplicates,
+        "Tasks that took effect twice": count.doubled,
+        "Duplicate deliveries, suppressed by the inbox": suppressed(),
         "Orders rolled back": count.rolled_back,
         "Rolled-back orders whose task was sent": count.sent,
         "Workers killed": staff.killed["worker"],
@@ -211,6 +110,16 @@ def report(count: Audit, staff: Staff, seconds: float, *, database: str) -> Tabl
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
+
+
+def suppressed() -> int:
+    """Return how many duplicates the inbox has met."""
+    from sqlalchemy import text
+
+    from workers.models import Session
+
+    with Session() as session:
+        return int(session.scalar(text("SELECT sum(suppressed) FROM catga_inbox_counts")) or 0)
 
 
 def start_servers(database: str, broker: str, directory: Path, stack: contextlib.ExitStack) -> None:
@@ -237,13 +146,13 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     console.print(f"A shop on {NAMES[options.database]} and {NAMES[options.broker]}: two workers and two relays.")
     start_servers(options.database, options.broker, directory, stack)
     # The application reads its addresses when it is imported.
-    from workers.models import create_tables
+    from catga_tasks import migrate
+    from workers.models import create_tables, engine
 
     staff = Staff(directory)
     stack.callback(staff.end)
     try:
-        migrate = celery("outbox", "migrate")
-        subprocess.run(migrate, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        migrate.upgrade(engine)
         create_tables()
         Interrupted.check()
         for kind in ("worker", "worker", "relay", "relay"):
@@ -271,13 +180,12 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
 def main() -> int:
     """Read the options, run, and clean up whatever happens."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m workers.demo")
-    parser.add_argument("--orders", type=int, default=2000, help="how many orders are placed (2000)")
+    parser.add_argument("--orders", type=int, default=500, help="how many orders are placed (500)")
     parser.add_argument("--seed", type=int, default=1, help="which of them are rolled back")
     parser.add_argument("--database", choices=DATABASES, default="sqlite", help="where the shop and its outbox live")
     parser.add_argument("--broker", choices=BROKERS, default="nats", help="what brings the tasks to the workers")
     options = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: Interrupted.signals.append(number))
+    Interrupted.note()
     try:
         with contextlib.ExitStack() as stack:
             return run(options, stack)

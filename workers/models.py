@@ -1,16 +1,16 @@
-"""The shop's tables, and two that only the demo's audit reads: `deliveries` and `rolled_back`."""
+"""The shop's tables, and one that only the audit reads: `rolled_back`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String, create_engine, event
+from sqlalchemy import BigInteger, ForeignKey, Integer, String, create_engine, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from workers.app import DATABASE_URL
 
 #: The shop's own engine: a transaction of it takes the tasks along, whichever engine the outbox has.
-engine = create_engine(DATABASE_URL, pool_size=10)
+engine = create_engine(DATABASE_URL, pool_size=10, pool_pre_ping=True)
 Session = sessionmaker(engine)
 
 if engine.dialect.name == "sqlite":
@@ -39,40 +39,65 @@ class Order(Base):
     __tablename__ = "orders"
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
     amount: Mapped[int]
-    # Checked at COMMIT: an order can fail when everything is written, its task included.
+    #: How many different goods it is of.
+    items: Mapped[int]
+    #: Whether the customer who wants points is a member; None for who doesn't ask.
+    member: Mapped[bool | None]
+    #: Whether it goes by mail, and needs a label.
+    mailed: Mapped[bool]
+    # Checked at COMMIT: an order can fail when everything is written, its tasks included.
     voucher: Mapped[str | None] = mapped_column(ForeignKey(Voucher.code, deferrable=True, initially="DEFERRED"))
 
 
-class Payment(Base):
-    """What was paid for an order: once, however often its task runs."""
+class Effect:
+    """What a task did for an order.
+
+    Nothing is unique, and nothing refers to the order: a double, or a task of an order that doesn't exist, must show.
+    """
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    order_id: Mapped[str] = mapped_column(String(36), index=True)
+
+
+class Payment(Effect, Base):
+    """What was paid for an order."""
 
     __tablename__ = "payments"
-    order_id: Mapped[str] = mapped_column(ForeignKey(Order.id), primary_key=True)
     amount: Mapped[int]
 
 
-class Receipt(Base):
-    """The receipt of an order."""
+class Receipt(Effect, Base):
+    """The receipt of a payment."""
 
     __tablename__ = "receipts"
-    order_id: Mapped[str] = mapped_column(ForeignKey(Order.id), primary_key=True)
+    amount: Mapped[int]
 
 
-class StockMovement(Base):
-    """What left the stock for an order."""
+class Pick(Effect, Base):
+    """One of an order's goods, taken off the shelf."""
+
+    __tablename__ = "picks"
+    item: Mapped[int]
+
+
+class StockMovement(Effect, Base):
+    """What left the stock for an order, which is done then."""
 
     __tablename__ = "stock_movements"
-    order_id: Mapped[str] = mapped_column(ForeignKey(Order.id), primary_key=True)
+    quantity: Mapped[int]
 
 
-class Delivery(Base):
-    """One run of one task. No foreign key: a run for an order that doesn't exist must be seen."""
+class LoyaltyEntry(Effect, Base):
+    """What a customer got: "points" and "thanks", or an "invitation"."""
 
-    __tablename__ = "deliveries"
-    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
-    task: Mapped[str] = mapped_column(String(40))
-    order_id: Mapped[str] = mapped_column(String(36))
-    __table_args__ = (Index("deliveries_by_order", "order_id", "task"),)
+    __tablename__ = "loyalty"
+    kind: Mapped[str] = mapped_column(String(20))
+
+
+class Label(Effect, Base):
+    """A label out of the printer, which no transaction can take back: one at least for an order that is mailed."""
+
+    __tablename__ = "labels"
 
 
 class RolledBack(Base):

@@ -82,6 +82,10 @@ class Server:
         """SIGKILL, with all its processes."""
         self._end(signal.SIGKILL)
 
+    def crash(self) -> None:
+        """Let it end at once and leave its data as they are, in the most violent way that it is made for."""
+        self.kill()
+
     def restart(self) -> None:
         """Stop in good order and start again on the same port with the same data."""
         self._end(signal.SIGINT)
@@ -235,6 +239,13 @@ class PostgresServer(Server):
         # A killed server leaves its lock file; the process that it names is gone.
         (self._data / "postmaster.pid").unlink(missing_ok=True)
         super().start()
+
+    def crash(self) -> None:
+        """Shut down "immediately", without a checkpoint: the next start recovers.
+
+        A SIGKILL would leave its children behind, which the next server must not meet.
+        """
+        self._end(signal.SIGQUIT)
 
     def answers(self) -> bool:
         """Connect, which a server that recovers refuses."""

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from tests.conformance.brokers import BROKERS
-from tests.conformance.proxy import Proxy
 from tests.waiting import wait_until
+from workers.proxy import Proxy
 from workers.servers import ServerMissingError
 
 
