@@ -1,6 +1,6 @@
 """How can many look at the outbox, once a second, without costing the relays anything?
 
-What is cheap is asked once a second at most, whoever asks. Counting rows takes at most a fiftieth of the time: with a
+What is cheap is asked once a second at most, whoever asks. Counting rows takes at most a hundredth of the time: with a
 million of them the numbers are some seconds old, and say so. Counters are sampled for the rates of the last minutes.
 """
 
@@ -23,7 +23,7 @@ PAST_SECONDS = 600.0
 _WINDOW = 6
 _LIVE_SECONDS = 0.9
 #: Counting may take one part in so many of the time.
-_COUNT_SHARE = 50
+_COUNT_SHARE = 100
 
 
 class Sample(NamedTuple):
