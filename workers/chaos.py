@@ -63,11 +63,11 @@ def line(outcomes: list[Outcome]) -> str:
 
 def tell(outcome: Outcome, console: Console) -> None:
     """Say what went wrong."""
-    console.print(outcome.logs, markup=False, highlight=False)
     for effect, number in sorted(outcome.missing.items()):
         console.print(f"{NAMES[outcome.broker]}: {effect}: {number} missing.")
     if outcome.problem:
         console.print(f"{NAMES[outcome.broker]}: {outcome.problem}.")
+    console.print(f"{NAMES[outcome.broker]}: the logs are in {outcome.logs}")
 
 
 def _try(broker: str, seed: int, faults: int, outcomes: Any) -> None:

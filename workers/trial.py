@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,8 @@ class Outcome:
     verdict: dict[str, int]
     missing: dict[str, int]
     problem: str = ""
-    #: The ends of the workers' and relays' logs, if something is wrong.
-    logs: str = field(default="", repr=False)
+    #: The folder with the workers' and relays' logs, which is kept if something is wrong.
+    logs: str = ""
 
     @property
     def failed(self) -> bool:
@@ -123,7 +123,10 @@ class Trial:
 
 
 def perform(broker: str, seed: int, plan: Sequence[Fault]) -> Outcome:
-    """Try the shop over one broker, and leave nothing behind. Once in a process: the application is imported here."""
+    """Try the shop over one broker, and leave nothing behind but the logs of a failure.
+
+    Once in a process: the application is imported here.
+    """
     warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")  # PostgreSQL's wheel asks for it in vain
     started, problem = time.monotonic(), ""
     with contextlib.ExitStack() as stack:
@@ -140,7 +143,7 @@ def perform(broker: str, seed: int, plan: Sequence[Fault]) -> Outcome:
         outcome = judge(trial, problem)
         outcome.counts["Seconds"] = round(time.monotonic() - started)
         if outcome.failed:
-            outcome.logs = trial.staff.logs()
+            outcome.logs = str(directory.rename(f"{directory}-failed"))
         return outcome
 
 
