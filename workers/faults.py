@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Seconds that a worker or a relay may take to end after SIGTERM. It is killed then, which is counted.
-GRACE = 30.0
+#: Seconds that a worker or a relay may take to end after SIGTERM. It is killed then, which is counted. Celery's pool
+#: waits 30 s for a child whose last results weren't counted.
+GRACE = 45.0
 #: Seconds that a fault waits for somebody to be there whom it can hit.
 PATIENCE = 20.0
 
@@ -88,11 +89,6 @@ class Faults:
             work()
         self._mending.clear()
         self.mend()
-
-    @property
-    def leaving(self) -> bool:
-        """Whether somebody is still about to end after SIGTERM."""
-        return bool(self._leaving)
 
     def _signal(self, number: int, whom: str, fault: Fault) -> None:
         if whom == "pool child":

@@ -102,7 +102,7 @@ class Trial:
         self.load.end()
         self.faults.mend_all()
         drain, deadline = Drain(), time.monotonic() + DEADLINE
-        while self.faults.leaving or not drain.over():
+        while not drain.over():
             self.faults.mend()
             Interrupted.check()
             if time.monotonic() > deadline:
