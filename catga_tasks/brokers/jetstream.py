@@ -214,6 +214,11 @@ class Connection:
             with contextlib.suppress(BlockingIOError, OSError):
                 os.write(self._write, b"x")
 
+    def signal_in(self, seconds: float) -> None:
+        """Make the descriptor readable after a while."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self.signal)
+
     @property
     def usable(self) -> bool:
         """Whether it is this process's own, and open."""

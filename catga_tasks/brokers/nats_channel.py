@@ -18,7 +18,7 @@ from kombu.utils.uuid import uuid
 from catga_tasks.brokers import frames
 from catga_tasks.brokers.batches import PublishBatch
 from catga_tasks.brokers.bindings import subjects_of, wanted, wire_subject
-from catga_tasks.brokers.pulling import Pull, times_delivered
+from catga_tasks.brokers.pulling import EXPECTED_SECONDS, Pull, times_delivered
 from catga_tasks.brokers.taps import Tap
 
 if TYPE_CHECKING:
@@ -333,7 +333,10 @@ class Channel(virtual.Channel):
         can_consume, groups = self.qos.can_consume, self._waiting()
         while count < limit:
             before = count
-            for group in groups:
+            for rank, group in enumerate(groups):
+                if rank and self._higher_expected(rank, group):
+                    limit = count
+                    break
                 for queue, messages in group:
                     if messages and can_consume():
                         count += 1
@@ -347,6 +350,15 @@ class Channel(virtual.Channel):
         self._stalled = any(messages for group in groups for _, messages in group)
         self.top_up()
         return count
+
+    def _higher_expected(self, rank: int, group: Sequence[tuple[str, deque[Msg]]]) -> bool:
+        """Return whether this group's messages wait: one of a higher priority must be on its way."""
+        if not any(messages for _, messages in group):
+            return False
+        if not any(pull.expected for pulls in self._pulls.values() for pull in pulls[:rank]):
+            return False
+        self.nats.signal_in(EXPECTED_SECONDS)
+        return True
 
     def _waiting(self) -> list[list[tuple[str, deque[Msg]]]]:
         """Return the buffers with their queues' names, those of one rank together, the first rank first."""

@@ -22,6 +22,8 @@ PULL_SECONDS = 30.0
 DRAIN_SECONDS = 1.0
 #: After an answer that isn't a message, the next request waits this long, in seconds.
 PAUSE_SECONDS = 0.05
+#: A message of a lower priority waits this long for one of a higher that is on its way, in seconds.
+EXPECTED_SECONDS = 0.05
 #: The parts of a delivery's reply subject, $JS.ACK.stream.consumer.delivered..., without a domain.
 _SHORT_REPLY = 9
 
@@ -33,6 +35,12 @@ def times_delivered(reply: str) -> int:
     """
     parts = reply.split(".", 7)
     return int(parts[4] if reply.count(".") < _SHORT_REPLY else parts[6])
+
+
+def messages_after(reply: str) -> int:
+    """Return how many messages the consumer had left when it sent this one."""
+    parts = reply.split(".")
+    return int(parts[8] if len(parts) == _SHORT_REPLY else parts[10])
 
 
 def consumer_of(reply: str) -> str:
@@ -70,6 +78,8 @@ class Pull(Buffer):
         self._asked = 0
         self._came = 0
         self._heard = time.monotonic()
+        self._last: str | None = None
+        self._asked_at = 0.0
 
     def missing(self, room: int) -> int:
         """Return how many more messages there is room for than have come or are coming."""
@@ -80,9 +90,17 @@ class Pull(Buffer):
         """How many messages are asked for that haven't come."""
         return self._asked - self._came
 
+    @property
+    def expected(self) -> bool:
+        """Whether a message must be on its way: it was just asked for, and the server had more, or hasn't said."""
+        if not self.coming or time.monotonic() - self._asked_at > EXPECTED_SECONDS:
+            return False
+        return self._last is None or messages_after(self._last) > 0
+
     def asked(self, count: int) -> None:
         """Count messages as asked for; whoever does asks for them."""
         self._asked += count
+        self._asked_at = time.monotonic()
 
     # The loop thread
 
@@ -131,6 +149,7 @@ class Pull(Buffer):
             self._ended(msg.headers or {})
             return
         self._came += 1
+        self._last = msg.reply
         limit = connection.settings.max_deliver
         if limit is not None and times_delivered(msg.reply) > limit:
             reason = f"It was delivered {limit} times (max_deliver) and never acknowledged."

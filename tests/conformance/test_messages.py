@@ -59,9 +59,6 @@ def test_04_messages_come_in_order_and_once(broker):
         assert messages == []
 
 
-@pytest.mark.defect(
-    "nats", "each priority has a request of its own: the next of a lower one is at hand before the next of the first"
-)
 def test_11_the_first_priority_comes_first(broker):
     """0 is the first, as Celery documents it for Redis; within a priority the order stays."""
     with broker.connect() as connection:
