@@ -21,7 +21,7 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import ConnectionError, NoScriptError, ResponseError  # noqa: A004 - Redis' name
 
 from catga_tasks.brokers.frames import Message
 
@@ -104,6 +104,10 @@ class Channel(kombu_redis.Channel):
         return bool(self._size(queue))
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - kombu's signature
+        if getattr(self.connection, "client", None) is None:
+            # A task ends, and acknowledges, after its connection has been given up. With kombu's AttributeError the
+            # worker would end; this is an error that it recovers from, and the message comes again.
+            raise ConnectionError("This channel's connection to Redis is closed.")
         # The push comes on the connection itself, which takes RESP3.
         return {"protocol": 3, **super()._connparams(asynchronous=asynchronous)}
 

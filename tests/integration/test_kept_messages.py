@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import text
 
 from catga_tasks import admin, outbox
-from catga_tasks.admin import Selection
 from catga_tasks.envelope import Envelope, Row
+from catga_tasks.selection import Selection
 
 MESSAGE = Envelope(
     task_id="t-1", task="charge", queue="celery", exchange="", routing_key="celery", priority=None,

@@ -244,3 +244,21 @@ def test_a_server_that_refuses_tracking_is_served_as_kombu_does(own_redis, caplo
         assert received(connection, 2) == [1, 2]
     assert "may lose one" in caplog.text
     assert "word" not in caplog.text
+
+
+def test_23_an_acknowledgement_after_the_connection_is_one_that_failed(redis_url, caplog):
+    """Scenario 23: a task that ends when its connection was given up doesn't end the worker; it comes again."""
+    publish(redis_url, ["x"])
+    messages = []
+    connection = connect(redis_url)
+    with connection.Consumer([Queue("q")], callbacks=[lambda _body, message: messages.append(message)]):
+        connection.drain_events(timeout=5)
+    errors = connection.connection_errors + connection.channel_errors
+    # As kombu leaves them when a lost connection was given up.
+    channel = messages[0].channel
+    channel._disconnect_pools()
+    transport, channel.connection.client = channel.connection, None
+    messages[0].ack_log_error(logging.getLogger("test"), errors)
+    assert "Couldn't ack" in caplog.text
+    transport.client = connection
+    connection.release()
