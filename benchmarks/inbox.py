@@ -22,7 +22,7 @@ PAIRS = (
 
 
 def run(bench: Bench, *, quick: bool) -> list[Row]:
-    count, times = (200, 1) if quick else (4000, 5)
+    count, times = (200, 1) if quick else (3000, 3)
     rows = []
     os.environ.update({"BENCH_MARKS": bench.broker, "BENCH_DATABASE": bench.database})
     with bench.engine.begin() as connection:

@@ -132,8 +132,12 @@ class Connection:
     def call(self, work: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
         """Run the coroutine on the loop thread and return its result; raise kombu's kinds of errors."""
         seconds = timeout or self.settings.publish_timeout
+        denied = self._denied
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         self._calls.add(future)
+        if self._denied is not denied:
+            # The server was faster than this thread.
+            future.cancel()
         try:
             return future.result(seconds)
         except concurrent.futures.CancelledError:
