@@ -201,7 +201,7 @@ def test_19_to_22_effects_happen_once_whatever_is_killed(shop):
     assert "SoftTimeLimitExceeded" in errors["soft"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+@pytest.mark.parametrize(("shop", "number"), [("nats", signal.SIGQUIT), ("redis", signal.SIGTERM)], indirect=["shop"])
 def test_21_a_shutdown_loses_and_doubles_nothing(shop, number):
     """Scenario 21: a warm shutdown ends what runs, a cold one gives it back; another worker does the rest, once."""
     first = shop.worker()
