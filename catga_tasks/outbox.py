@@ -284,14 +284,16 @@ def _copier(connection: Connection) -> Any:
 
 
 def _state(connection: Connection) -> str:
-    """Return the columns that `_row` reads behind the stored ones."""
-    ready = (
-        f"CASE WHEN NOT scheduled THEN {epoch(connection, 'created_at')} "
-        f"WHEN attempts = 0 THEN {epoch(connection, 'available_at')} END"
-    )
-    return (
-        f"attempts, history, suspect, scheduled, {seconds_since(connection, 'created_at')} AS age, {ready} AS ready_at"
-    )
+    """Return the columns that `_row` reads behind the stored ones: times only where somebody asks for them."""
+    age, ready = seconds_since(connection, "created_at"), "NULL"
+    if telemetry.on():
+        ready = (
+            f"CASE WHEN NOT scheduled THEN {epoch(connection, 'created_at')} "
+            f"WHEN attempts = 0 THEN {epoch(connection, 'available_at')} END"
+        )
+    else:
+        age = f"CASE WHEN expiration IS NULL THEN 0 ELSE {age} END"
+    return f"attempts, history, suspect, scheduled, {age} AS age, {ready} AS ready_at"
 
 
 def _by_ids(connection: Connection, statement: str, ids: Sequence[int]) -> None:

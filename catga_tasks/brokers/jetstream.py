@@ -457,7 +457,8 @@ class Connection:
         return found
 
     async def _publish(self, entries: Sequence[tuple[str, int, bytes, str]], deadline: float) -> list[Exception | None]:
-        batch = _Batch(len(entries))
+        batch = _Batch(len(entries), self._loop)
+        late = self._loop.call_at(deadline, batch.end)
         tokens = []
         for number, (queue, step, body, identity) in enumerate(entries):
             self._tokens += 1
@@ -465,7 +466,8 @@ class Connection:
             self._awaited[token] = (batch, number)
             tokens.append(token)
             try:
-                await self.streams.ensure(queue)
+                if queue not in self.streams.known:
+                    await self.streams.ensure(queue)
                 await self.nats.publish(
                     self.settings.subject(queue, step),
                     body,
@@ -475,9 +477,9 @@ class Connection:
             except (errors.Error, CatgaError, ChannelError) as error:
                 batch.answer(number, translated(error))
         try:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(batch.complete.wait(), max(0.0, deadline - self._loop.time()))
+            await batch.complete
         finally:
+            late.cancel()
             for token in tokens:
                 self._awaited.pop(token, None)
         return batch.outcomes
@@ -533,17 +535,22 @@ def _give_back_all() -> None:
 class _Batch:
     """The confirmations of messages that were published together."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, loop: asyncio.AbstractEventLoop) -> None:
         late: Exception = Unreachable("NATS didn't confirm the message in time (publish_timeout).")
         self.outcomes: list[Exception | None] = [late] * count
-        self.complete = asyncio.Event()
+        self.complete = loop.create_future()
         self._open = count
         if not count:
-            self.complete.set()
+            self.end()
 
     def answer(self, number: int, error: Exception | None) -> None:
         """Note what became of one."""
         self.outcomes[number] = error
         self._open -= 1
         if not self._open:
-            self.complete.set()
+            self.end()
+
+    def end(self) -> None:
+        """Wait no longer."""
+        if not self.complete.done():
+            self.complete.set_result(None)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
     from catga_tasks.brokers.nats import Transport
-    from catga_tasks.brokers.nats_settings import NatsSettings
 
 logger = get_logger("catga_tasks.nats")
 
@@ -240,7 +239,7 @@ class Channel(virtual.Channel):
         return list(dict.fromkeys(queue for kind, pattern, queue in bound if wanted(kind, pattern, routing_key)))
 
     def _step(self, message: dict[str, Any]) -> int:
-        return step_of(self.settings, message["properties"].get("priority"))
+        return self.settings.step(message["properties"].get("priority"))
 
     # Consuming
 
@@ -431,9 +430,3 @@ class Channel(virtual.Channel):
                         self.nats.call(pull.stop())
                 self.qos.restore_unacked()
             super().close()
-
-
-def step_of(settings: NatsSettings, priority: int | None) -> int:
-    """Return the step that a priority belongs to: the greatest one that isn't above it."""
-    steps = settings.priority_steps
-    return max((step for step in steps if step <= (priority or 0)), default=steps[0])

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from catga_tasks.brokers.contract import Receipt
 from catga_tasks.brokers.generic import KombuPublisher, describe
-from catga_tasks.brokers.nats_channel import step_of
 from catga_tasks.brokers.nats_errors import AT_FAULT
 from catga_tasks.envelope import outgoing, virtual_message
 from catga_tasks.errors import BrokerUnavailable, MessageRejected
@@ -89,8 +88,7 @@ class NatsPublisher(KombuPublisher):
                 receipt.rejected.append((row, str(error)))
                 continue
             identity = f"{envelope.task_id}-{row.id}"
-            channel = self.producer().channel
-            step = step_of(channel.settings, envelope.priority)
             body = virtual_message(envelope, identity).encode()
+            step = self.producer().channel.settings.step(envelope.priority)
             entries.append((row, (envelope.routing_key, step, body, identity)))
         return entries

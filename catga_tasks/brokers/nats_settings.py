@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import ssl
+from bisect import bisect_right
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,9 @@ class NatsSettings:
         for name in ("max_age", "max_msgs", "max_bytes", "max_msg_size", "max_deliver"):
             if getattr(self, name) is not None:
                 _seconds(name, getattr(self, name))
+        steps = self.priority_steps
+        if not (steps and all(type(step) is int for step in steps) and list(steps) == sorted(set(steps))):
+            _refuse("priority_steps", steps, "whole numbers that ascend, such as (0, 3, 6, 9)")
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.stream_prefix):
             _refuse("stream_prefix", self.stream_prefix, "1 to 64 letters, digits, - or _")
 
@@ -107,6 +111,10 @@ class NatsSettings:
             if name in given:
                 given[name] = tuple(given[name])
         return cls(**given)
+
+    def step(self, priority: int | None) -> int:
+        """Return the step that a priority belongs to: the greatest one that isn't above it."""
+        return self.priority_steps[max(0, bisect_right(self.priority_steps, priority or 0) - 1)]
 
     def stream(self, queue: str) -> str:
         """Return the name of a queue's stream; raise `ConfigurationError` if it gets too long."""

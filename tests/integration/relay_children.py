@@ -317,7 +317,7 @@ class Site:
         self.app = make_app(outbox, broker)
         self.task = self.app.task(name="chaos.task")(_nothing)
         self.engine = create_engine(outbox, poolclass=NullPool)
-        self.redis = redis.Redis.from_url(broker)
+        self.redis = redis.Redis.from_url(broker) if broker.startswith("redis:") else None
         self.children: list[Child] = []
         migrate.upgrade(self.engine)
 
@@ -328,7 +328,8 @@ class Site:
         for child in self.children:
             child.kill()
         self.app.outbox.engine.dispose()
-        self.redis.close()
+        if self.redis:
+            self.redis.close()
 
     def relay(self, *, nursery: Nursery | None = None, **options: object) -> Child:
         """Start a relay; `options` are those of `Hooks`, `settings` and `queues`."""
@@ -369,7 +370,19 @@ class Site:
 
     def delivered(self, queue: str = "celery") -> list[str]:
         """Return the ids in the broker's queue, the oldest first."""
-        return [json.loads(message)["headers"]["id"] for message in reversed(self.redis.lrange(queue, 0, -1))]
+        messages = reversed(self.redis.lrange(queue, 0, -1)) if self.redis else self._stored(queue)
+        return [json.loads(message)["headers"]["id"] for message in messages]
+
+    def _stored(self, queue: str) -> list[bytes]:
+        """Return the messages in the queue's stream, on NATS."""
+        with self.app.connection_for_read() as connection:
+            nats = connection.default_channel.nats
+            if not nats.call(nats.streams.exists(queue)):
+                return []
+            stream = nats.settings.stream(queue)
+            state = nats.call(nats.js.stream_info(stream)).state
+            numbers = range(state.first_seq, state.last_seq + 1)
+            return [nats.call(nats.js.get_msg(stream, number)).data for number in numbers]
 
     def dead(self) -> dict[str, object]:
         return {row.task_id: row for row in self.execute("SELECT * FROM catga_dead_letters")}

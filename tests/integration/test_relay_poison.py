@@ -32,6 +32,16 @@ def own_site(nursery, postgres_url, own_redis, tmp_path):
         yield running
 
 
+@pytest.fixture(params=["redis", "nats"])
+def either_site(request, nursery, postgres_url, tmp_path):
+    """A site over each broker."""
+    url = (
+        request.getfixturevalue("redis_url") if request.param == "redis" else request.getfixturevalue("own_nats")().url
+    )
+    with Site(nursery, postgres_url, url, tmp_path) as running:
+        yield running
+
+
 def check_dead(site, ids, words, *, attempts=ATTEMPTS):
     """The rows are dead letters, with an entry for each attempt and the error that was the real one."""
     dead = site.dead()
@@ -172,8 +182,9 @@ def keep_alive(site, *, most, **options):
 
 
 @pytest.mark.parametrize("point", ["before_publish", "after_publish"])
-def test_06_publish_kills_the_process(site, point):
+def test_06_publish_kills_the_process(either_site, point):
     """A row kills each relay that has it: its attempts count all the same, and the rows around it are delivered."""
+    site = either_site
     good = site.insert(10)
     bad = site.insert(1, argument=MARKER)
     good += site.insert(15)
@@ -183,7 +194,8 @@ def test_06_publish_kills_the_process(site, point):
     assert deaths == ATTEMPTS + 1
     delivered = [task_id for task_id in site.delivered() if task_id not in bad]
     assert sorted(set(delivered)) == sorted(good)
-    assert len(delivered) - len(good) <= (0 if point == "before_publish" else 19)
+    # NATS takes a message of one id once.
+    assert len(delivered) - len(good) <= (19 if point == "after_publish" and site.redis else 0)
     check_dead(site, bad, KILLED)
     assert site.execute("SELECT row_ids FROM catga_outbox_journal") == []
 
