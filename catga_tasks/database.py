@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
+import weakref
 from typing import Any
 
 from sqlalchemy import create_engine
@@ -18,6 +20,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import QueuePool
 
 from catga_tasks.errors import ConfigurationError, MigrationRequired
 
@@ -65,6 +68,28 @@ def open_engine(source: object) -> Engine:
             "`pip install catga-tasks[postgres]` brings psycopg, for postgresql+psycopg:// URLs."
         )
         raise ConfigurationError(message) from None
+
+
+def close_before_forks(engine: Engine) -> None:
+    """Have this engine's idle connections closed before the process forks, if they are to a file of SQLite.
+
+    A child that inherits one takes its parent's locks for its own: lost writes, a broken file. Servers know their
+    clients by their sockets, which a child only has to leave alone.
+    """
+    # A database in memory goes with its connection, and has another pool.
+    if engine.dialect.name == "sqlite" and isinstance(engine.pool, QueuePool):
+        _files.add(engine)
+
+
+_files: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _close_files() -> None:
+    for engine in list(_files):
+        engine.dispose()
+
+
+os.register_at_fork(before=_close_files)
 
 
 def masked_url(url: str) -> str:

@@ -135,9 +135,8 @@ class Consumer(CeleryConsumer):
 
     def _store(self, envelope: Envelope, reason: str) -> bool:
         reason = _text(reason)
-        engine = self.app.outbox.engine
         try:
-            with engine.begin() as connection:
+            with self.app.outbox.engine.begin() as connection:
                 number = outbox.add_dead(connection, envelope, error=reason)
                 passed_on = holds.let_go(
                     connection,
@@ -153,9 +152,6 @@ class Consumer(CeleryConsumer):
                 envelope.queue, PAUSE, reason, in_one_line(error),
             )  # fmt: skip
             return False
-        finally:
-            # The pool's children are forked from this process: they inherit no connection.
-            engine.dispose()
         logger.error("A message of queue %s is kept as dead letter %d: %s", envelope.queue, number, reason)
         return True
 

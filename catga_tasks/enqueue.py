@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionm
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from catga_tasks import storing
-from catga_tasks.database import Source, is_locked, open_engine, refuse_missing_table
+from catga_tasks.database import Source, close_before_forks, is_locked, open_engine, refuse_missing_table
 from catga_tasks.envelope import Envelope
 from catga_tasks.errors import OutboxUnavailable, TransactionRequired
 from catga_tasks.joining import SessionTarget, Target, listen_to_sessions, target_of, tracked_class
@@ -54,6 +54,7 @@ class Outbox:
         """The engine of the outbox's database, for messages outside any transaction and for relays."""
         if self._engine is None:
             self._engine = open_engine(self._source)
+            close_before_forks(self._engine)
         if self._pid != os.getpid():
             # A forked child must not talk on its parent's connections, nor close them.
             self._engine.dispose(close=False)

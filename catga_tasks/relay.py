@@ -137,7 +137,6 @@ class Lane:
             engine, settings, relay=self.id, broker=broker, queues=queues, result_expires=result_expires
         )
         self._listener = Listener(engine)
-        self._engine = engine
         self._fork_waits, self._fork_may, self._fork_over = threading.Event(), threading.Event(), threading.Event()
         self._stopping = threading.Event()
         self._pause = POLL_SECONDS
@@ -191,7 +190,6 @@ class Lane:
         if self._fork_waits.is_set():
             self._claims.release()
             self._listener.disconnect()
-            self._engine.dispose()
             self._fork_may.set()
             self._fork_over.wait()
 

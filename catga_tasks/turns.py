@@ -62,10 +62,6 @@ def dismiss(app: Any, task_id: str, headers: Any) -> bool:
     except SQLAlchemyError as error:
         logger.warning("Message %s is over, and its keys aren't free: %s", task_id, in_one_line(error))
         return False
-    finally:
-        if app.outbox.engine.dialect.name == "sqlite":
-            # This process forks the pool's next children: it must not have the file open.
-            app.outbox.engine.dispose()
     return True
 
 

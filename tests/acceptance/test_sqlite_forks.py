@@ -1,9 +1,11 @@
-"""SQLite must not be open in a process that forks: the relay in a worker lets go of it before the pool forks."""
+"""SQLite must not be open in a process that forks: whatever we have open is closed before it does."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
+import subprocess
+import sys
 
 from catga_tasks import Catga, migrate
 from tests.waiting import wait_until
@@ -56,3 +58,32 @@ def test_a_pool_that_forks_beside_the_relay(tmp_path, processes, redis_url, sqli
         assert "Error" not in worker.log()
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     app.outbox.engine.dispose()
+
+
+FORK = """
+import os, sys
+from catga_tasks import Catga, migrate
+
+app = Catga("shop", broker="memory://", outbox=sys.argv[1])
+migrate.upgrade(app.outbox.engine)
+app.send_task("charge")
+
+def files():
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.exists(link) and "catga.db" in os.readlink(link)]
+
+print("parent", files() != [], flush=True)
+pid = os.fork()
+if pid == 0:
+    print("child", files(), flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+app.send_task("charge")
+"""
+
+
+def test_a_child_has_none_of_its_parents_connections(sqlite_url):
+    """A process that has used the outbox and forks, as any pool does, leaves the file to itself."""
+    command = [sys.executable, "-c", FORK, sqlite_url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "parent True\nchild []\n"), done.stderr
