@@ -1,7 +1,7 @@
 """A connection to NATS JetStream that any thread may use.
 
-nats-py lives on one private loop thread of the process. Other threads hand it work: a call waits for its answer, an
-acknowledgement is only posted. What arrives waits in buffers; a file descriptor becomes readable when something does.
+Other threads hand the loop thread work: a call waits for its answer, an acknowledgement is only posted. What arrives
+waits in buffers, and rings the bell.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import concurrent.futures
 import contextlib
 import logging
 import os
-import threading
 import weakref
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from kombu.exceptions import ChannelError
 from nats import errors
 from nats.aio.client import Client as NatsClient
 from nkeys import NkeysError
 
-from catga_tasks.brokers.nats_errors import NoTLS, StreamGone, Unreachable, refusal, translated
-from catga_tasks.brokers.pulling import consumer_of, place_of, times_delivered
+from catga_tasks.brokers.dead import DeadLetters
+from catga_tasks.brokers.loop import Bell, loop_thread
+from catga_tasks.brokers.nats_errors import NoTLS, Unreachable, translated
+from catga_tasks.brokers.publishing import Publishing
+from catga_tasks.brokers.settling import Settling
 from catga_tasks.brokers.streams import Streams
 from catga_tasks.errors import CatgaError, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Coroutine, Sequence
 
     from nats.aio.msg import Msg
 
@@ -36,39 +36,6 @@ if TYPE_CHECKING:
     from catga_tasks.brokers.pulling import Pull
 
 logger = logging.getLogger("catga_tasks.nats")
-
-#: Acknowledgements that follow one another are gathered for this long, in seconds: waking the loop thread costs as much
-#: as a message does. The first goes at once.
-GATHER_SECONDS = 0.005
-#: Why a dead letter is one that its consumer rejected without giving it back.
-REJECTED = "Its consumer rejected it: the task isn't registered, it can't be decoded, or the task raised Reject."
-
-
-class _Thread:
-    """The loop thread of this process; a forked child starts its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pid = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Return the running loop."""
-        with self._lock:
-            if self._loop is None or self._pid != os.getpid():
-                self._pid = os.getpid()
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="catga-nats", daemon=True).start()
-            return self._loop
-
-    def forget(self) -> None:
-        """Drop a parent's loop without touching its sockets."""
-        self._lock = threading.Lock()
-        self._loop = None
-
-
-_thread = _Thread()
-os.register_at_fork(after_in_child=_thread.forget)
 
 
 class _Client(NatsClient):
@@ -93,21 +60,13 @@ class Connection:
         self.pid = os.getpid()
         self._servers = list(servers)
         self._tls = tls
-        self._loop = _thread.loop()
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._signalled = False
-        self._posted: deque[tuple[str, bytes]] = deque()
-        self._soon: dict[Callable[[], object], None] = {}
-        self._gathering = False
-        self._sending = False
-        self._asks: deque[tuple[Pull, int]] = deque()
-        self._held: dict[str, None] = {}
-        self._unconfirmed: dict[str, list[tuple[str, bytes]]] = {}
-        self._awaited: dict[str, tuple[_Batch, int]] = {}
-        self._tokens = 0
-        self._inbox = ""
+        self.loop = loop_thread.loop()
+        self.bell = Bell()
+        self.settling = Settling(self)
+        self.publishing = Publishing(self)
         self.pulls: set[Pull] = set()
         self.streams = Streams(self)
+        self.dead = DeadLetters(self)
         self._grace: asyncio.TimerHandle | None = None
         self._first_error: asyncio.Future[None] | None = None
         self._closing = False
@@ -133,7 +92,7 @@ class Connection:
         """Run the coroutine on the loop thread and return its result; raise kombu's kinds of errors."""
         seconds = timeout or self.settings.publish_timeout
         denied = self._denied
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
         self._calls.add(future)
         if self._denied is not denied:
             # The server was faster than this thread.
@@ -153,33 +112,6 @@ class Connection:
         finally:
             self._calls.discard(future)
 
-    def settle(self, reply: str, verb: bytes) -> None:
-        """Acknowledge (`+ACK`), give back (`-NAK`) or end (`+TERM`) a delivery; sent again until it is confirmed."""
-        self._posted.append((reply, verb))
-        self._wake()
-
-    def reject(self, queue: str, reply: str) -> None:
-        """Move a delivery to the dead letters, soon."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(lambda: self.finish(self._reject(queue, reply)))
-
-    def soon(self, work: Callable[[], object]) -> None:
-        """Call the function on the loop thread when acknowledgements are sent next."""
-        self._soon[work] = None
-        self._wake()
-
-    def ask(self, asks: Sequence[tuple[Pull, int]]) -> None:
-        """Send requests for so many messages each, at once."""
-        self._asks.extend(asks)
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._post)
-
-    def _wake(self) -> None:
-        if not self._gathering:
-            self._gathering = True
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._gather)
-
     def background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run the coroutine on the loop thread for as long as the connection lives. From the loop thread."""
         self._endless.append(asyncio.ensure_future(work))
@@ -190,38 +122,10 @@ class Connection:
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
-    def loop_time(self) -> float:
-        """Return the loop's clock, in seconds."""
-        return self._loop.time()
-
-    def later(self, seconds: float, work: Callable[[], object]) -> None:
-        """Call the function after so many seconds. From the loop thread."""
-        self._loop.call_later(seconds, work)
-
-    def fileno(self) -> int:
-        """Return the descriptor that is readable when something has arrived."""
-        return self._read
-
-    def quieten(self) -> None:
-        """Make the descriptor unreadable until the next arrival; look into the buffers after it.
-
-        The flag falls last: an arrival in between sets none, and is in a buffer by then.
-        """
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.read(self._read, 4096)
-        self._signalled = False
-
-    def signal(self) -> None:
-        """Make the descriptor readable."""
-        if not self._signalled:
-            self._signalled = True
-            with contextlib.suppress(BlockingIOError, OSError):
-                os.write(self._write, b"x")
-
-    def signal_in(self, seconds: float) -> None:
-        """Make the descriptor readable after a while."""
+    def ring_in(self, seconds: float) -> None:
+        """Ring the bell after a while."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self.signal)
+            self.loop.call_soon_threadsafe(self.loop.call_later, seconds, self.bell.ring)
 
     @property
     def usable(self) -> bool:
@@ -236,9 +140,7 @@ class Connection:
         if self.pid == os.getpid():
             with contextlib.suppress(CatgaError, concurrent.futures.CancelledError):
                 self.call(self._close(), 5)
-        for descriptor in (self._read, self._write):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        self.bell.close()
 
     # The loop thread
 
@@ -256,13 +158,13 @@ class Connection:
         finally:
             if not connecting.done():
                 connecting.cancel()
-        if self._first_error.done():
-            self._first_error.result()
+            first_error, self._first_error = self._first_error, None
+        if first_error.done():
+            first_error.result()
         await connecting
-        self._first_error = None
         self.js = self.nats.jetstream(timeout=self.settings.publish_timeout)
-        self._inbox = self.nats.new_inbox()
-        await self.nats.subscribe(f"{self._inbox}.*", cb=self._confirmed)
+        await self.settling.start()
+        await self.publishing.start()
         self.background(self._beat())
 
     def _options(self) -> dict[str, Any]:
@@ -321,87 +223,25 @@ class Connection:
     async def _disconnected(self) -> None:
         if not self._closing and self._grace is None:
             logger.warning("The connection to NATS is lost; it is made again.")
-            self._grace = self._loop.call_later(self.settings.reconnect_grace, self._give_up)
+            self._grace = self.loop.call_later(self.settings.reconnect_grace, self._give_up)
 
     async def _reconnected(self) -> None:
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
         logger.warning("The connection to NATS is back.")
-        for token, settled in list(self._unconfirmed.items()):
-            await self._publish_settled(settled, token)
+        await self.settling.send_again()
         for pull in self.pulls:
             pull.reset()
 
     def _give_up(self) -> None:
         self.broken = Unreachable(f"NATS was away for more than {self.settings.reconnect_grace:g} s (reconnect_grace).")
-        self.signal()
-
-    def _gather(self) -> None:
-        """Send what is posted, and look again after a while without being woken; nothing is lost between the two."""
-        if self._posted or self._soon:
-            while self._soon:
-                self._soon.popitem()[0]()
-            self._post()
-            self.later(GATHER_SECONDS, self._gather)
-            return
-        self._gathering = False
-        if self._posted or self._soon:
-            self._gathering = True
-            self._gather()
-
-    def _post(self) -> None:
-        if not self._sending:
-            self._sending = True
-            self.finish(self._send_posted())
-
-    async def _send_posted(self) -> None:
-        try:
-            await self._send_settled()
-            while self._asks:
-                pull, count = self._asks.popleft()
-                await pull.ask(count)
-        finally:
-            self._sending = False
-        if self._posted or self._asks:
-            self._post()
-
-    async def _send_settled(self) -> None:
-        """Send what is posted. A consumer confirms in the order of arrival: the last of a batch answers for all."""
-        batches: dict[str, list[tuple[str, bytes]]] = {}
-        while self._posted:
-            reply, verb = self._posted.popleft()
-            self._held.pop(reply, None)
-            batches.setdefault(consumer_of(reply), []).append((reply, verb))
-        for settled in batches.values():
-            self._tokens += 1
-            token = str(self._tokens)
-            self._unconfirmed[token] = settled
-            with contextlib.suppress(errors.Error):
-                # In an outage it goes out again when the connection is back.
-                await self._publish_settled(settled, token)
-
-    async def _publish_settled(self, settled: Sequence[tuple[str, bytes]], token: str) -> None:
-        *others, (last, verb) = settled
-        for reply, each in others:
-            await self.nats.publish(reply, each)
-        await self.nats.publish(last, verb, reply=f"{self._inbox}.{token}")
-
-    async def _confirmed(self, msg: Msg) -> None:
-        token = msg.subject.rpartition(".")[2]
-        batch, number = self._awaited.pop(token, (None, 0))
-        if batch is None:
-            self._unconfirmed.pop(token, None)
-        else:
-            batch.answer(number, refusal(msg))
+        self.bell.ring()
 
     async def _beat(self) -> None:
-        """Tell the server that what is held is still in hand: the worker's own thread may be busy for hours."""
         while True:
             await asyncio.sleep(self.settings.ack_wait / 3)
-            for reply in list(self._held):
-                with contextlib.suppress(errors.Error):
-                    await self.nats.publish(reply, b"+WPI")
+            await self.settling.say_in_progress()
             for pull in self.pulls:
                 pull.check()
 
@@ -422,67 +262,8 @@ class Connection:
                     # Acknowledgements and dead letters.
                     await asyncio.wait(self._under_way, timeout=1)
                 await asyncio.gather(*(pull.stop() for pull in list(self.pulls)))
-                await self._send_settled()
-                for reply in list(self._held):
-                    await self.nats.publish(reply, b"-NAK")
+                await self.settling.give_back()
                 await self.nats.flush(timeout=2)
-
-    # Messages
-
-    async def publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
-        """Publish (queue, step, body, id) each and wait for all confirmations; return each one's error or None.
-
-        What finds its stream gone, as after a delete elsewhere, is published again to a new one; while a cluster elects
-        the stream's leader, until there is one.
-        """
-        deadline = self._loop.time() + self.settings.publish_timeout
-        found = await self._publish(entries, deadline)
-        pause = 0.0
-        while again := [number for number, error in enumerate(found) if isinstance(error, StreamGone)]:
-            if self._loop.time() + pause >= deadline:
-                for number in again:
-                    found[number] = Unreachable("NATS takes nothing now: the queue's stream has no leader.")
-                break
-            await asyncio.sleep(pause)
-            pause = min(0.5, pause * 2 or 0.05)
-            for number in list(again):
-                queue = entries[number][0]
-                self.streams.known.discard(queue)
-                if queue in self.streams.expiring:
-                    # As AMQP does with what nobody's queue takes: who would have read it is gone.
-                    found[number] = None
-                    again.remove(number)
-            for number, error in zip(again, await self._publish([entries[n] for n in again], deadline), strict=True):
-                found[number] = error
-        return found
-
-    async def _publish(self, entries: Sequence[tuple[str, int, bytes, str]], deadline: float) -> list[Exception | None]:
-        batch = _Batch(len(entries), self._loop)
-        late = self._loop.call_at(deadline, batch.end)
-        tokens = []
-        for number, (queue, step, body, identity) in enumerate(entries):
-            self._tokens += 1
-            token = str(self._tokens)
-            self._awaited[token] = (batch, number)
-            tokens.append(token)
-            try:
-                if queue not in self.streams.known:
-                    await self.streams.ensure(queue)
-                await self.nats.publish(
-                    self.settings.subject(queue, step),
-                    body,
-                    reply=f"{self._inbox}.{token}",
-                    headers={"Nats-Msg-Id": identity},
-                )
-            except (errors.Error, CatgaError, ChannelError) as error:
-                batch.answer(number, translated(error))
-        try:
-            await batch.complete
-        finally:
-            late.cancel()
-            for token in tokens:
-                self._awaited.pop(token, None)
-        return batch.outcomes
 
     async def fetch(self, queue: str) -> Msg | None:
         """Take one message now, the first priority first."""
@@ -494,30 +275,9 @@ class Connection:
                 subject, b'{"batch": 1, "no_wait": true}', timeout=self.settings.publish_timeout, old_style=True
             )
             if msg.reply:
-                self._held[msg.reply] = None
+                self.settling.hold(msg.reply)
                 return msg
         return None
-
-    def hold(self, msg: Msg) -> None:
-        """Keep the server from delivering the message again while it is in hand."""
-        self._held[msg.reply] = None
-
-    async def _reject(self, queue: str, reply: str) -> None:
-        # If this fails the message isn't in hand any more: it is delivered again, and rejected again.
-        self._held.pop(reply, None)
-        try:
-            stored = await self.js.get_msg(*place_of(reply))
-            await self.bury(queue, reply, stored.data or b"", REJECTED)
-        except (errors.Error, TimeoutError) as error:
-            logger.warning("A rejected message stays in queue %s: %s", queue, translated(error))
-
-    async def bury(self, queue: str, reply: str, body: bytes, reason: str) -> None:
-        """Move a message to the dead letters, and only then end it."""
-        await self.streams.ensure_dead()
-        subject = self.settings.subject(queue, 0).replace(".q.", ".dead.", 1)
-        headers = {"Catga-Queue": queue, "Catga-Reason": reason, "Catga-Died-Of": str(times_delivered(reply))}
-        await self.js.publish(subject, body, headers=headers)
-        self.settle(reply, b"+TERM")
 
 
 #: A worker ends without closing its connection: its last acknowledgements may still wait for the loop thread.
@@ -530,27 +290,3 @@ def _give_back_all() -> None:
         if connection.usable:
             with contextlib.suppress(CatgaError):
                 connection.call(connection.give_back(), 5)
-
-
-class _Batch:
-    """The confirmations of messages that were published together."""
-
-    def __init__(self, count: int, loop: asyncio.AbstractEventLoop) -> None:
-        late: Exception = Unreachable("NATS didn't confirm the message in time (publish_timeout).")
-        self.outcomes: list[Exception | None] = [late] * count
-        self.complete = loop.create_future()
-        self._open = count
-        if not count:
-            self.end()
-
-    def answer(self, number: int, error: Exception | None) -> None:
-        """Note what became of one."""
-        self.outcomes[number] = error
-        self._open -= 1
-        if not self._open:
-            self.end()
-
-    def end(self) -> None:
-        """Wait no longer."""
-        if not self.complete.done():
-            self.complete.set_result(None)

@@ -129,24 +129,24 @@ class Transport(virtual.Transport):
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError
-            select.select([self.nats.fileno()], [], [], left)
-            self.nats.quieten()
+            select.select([self.nats.bell.fileno()], [], [], left)
+            self.nats.bell.quieten()
 
     def register_with_event_loop(self, _connection: Any, loop: Any) -> None:
         """Let kombu's hub watch for arrivals."""
-        loop.add_reader(self.nats.fileno(), self.on_readable)
-        self.nats.signal()
+        loop.add_reader(self.nats.bell.fileno(), self.on_readable)
+        self.nats.bell.ring()
 
     def on_readable(self, *_arguments: Any) -> None:
         """Deliver what has arrived; the rest after the hub's other events."""
-        self.nats.quieten()
+        self.nats.bell.quieten()
         if self._deliver_arrived() >= BURST:
-            self.nats.signal()
+            self.nats.bell.ring()
 
     def _deliver_arrived(self) -> int:
         if self.nats.broken is not None:
             raise self.nats.broken
-        return sum(channel.deliver(BURST) for channel in list(self.channels))
+        return sum(channel.intake.deliver(BURST) for channel in list(self.channels))
 
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:  # noqa: FBT001, FBT002 - kombu's signature
         """Return the URL, its password or token masked."""

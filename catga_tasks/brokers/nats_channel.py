@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
-import threading
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +13,14 @@ from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 
-from catga_tasks.brokers import frames
 from catga_tasks.brokers.batches import PublishBatch
 from catga_tasks.brokers.bindings import subjects_of, wanted, wire_subject
-from catga_tasks.brokers.pulling import EXPECTED_SECONDS, Pull, times_delivered
+from catga_tasks.brokers.intake import Intake
+from catga_tasks.brokers.nats_qos import Message, QoS
+from catga_tasks.brokers.pulling import times_delivered
 from catga_tasks.brokers.taps import Tap
 
 if TYPE_CHECKING:
-    from collections import deque
     from collections.abc import Sequence
 
     from nats.aio.msg import Msg
@@ -34,58 +32,8 @@ logger = get_logger("catga_tasks.nats")
 #: A queue that isn't durable is stored all the same if it may wait this long for its reader (x-expires): replies of
 #: `rpc://`. Celery's remote control and events expire within a minute.
 KEPT_MILLISECONDS = 300_000
-#: Messages that are asked for when the prefetch has no limit.
-WINDOW = 256
 #: Gives a message back, to be delivered again after 5 seconds.
 LATER = b'-NAK {"delay": 5000000000}'
-
-
-class QoS(virtual.QoS):
-    """Acknowledgements: the server keeps what isn't settled, so nothing is restored by publishing it again."""
-
-    restore_at_shutdown = False
-
-    def ack(self, delivery_tag: str) -> None:
-        """Acknowledge."""
-        super().ack(delivery_tag)
-        self.channel.settle(delivery_tag, b"+ACK")
-
-    def reject(self, delivery_tag: str, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
-        """End the message, or give it back."""
-        super().ack(delivery_tag)
-        if requeue:
-            self.channel.settle(delivery_tag, b"-NAK")
-        else:
-            self.channel.bury(delivery_tag)
-
-    def restore_unacked(self) -> list[Any]:
-        """Give back everything that is held."""
-        self._flush()
-        for delivery_tag in list(self._delivered):
-            self.reject(delivery_tag, requeue=True)
-        self._flush()
-        return []
-
-
-class Message(frames.Message):
-    """A delivered message. What couldn't be read can't be acknowledged: it is a dead letter.
-
-    Celery's worker acknowledges it, which would be the end of it.
-    """
-
-    def _decode(self) -> Any:
-        try:
-            return super()._decode()
-        except Exception:
-            self.errors = [sys.exc_info()]
-            raise
-
-    def ack(self, multiple: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
-        """Acknowledge."""
-        if self.errors:
-            self.reject()
-        else:
-            super().ack(multiple)
 
 
 class Channel(virtual.Channel):
@@ -101,10 +49,7 @@ class Channel(virtual.Channel):
         super().__init__(connection, **options)
         self.nats = connection.nats
         self.settings = connection.settings
-        self._pulls: dict[str, list[Pull]] = {}
-        self._groups: list[list[tuple[str, deque[Msg]]]] | None = None
-        self._stalled = False
-        self._lock = threading.Lock()
+        self.intake = Intake(self)
         self._without_ack: set[str] = set()
         self._auto_delete: set[str] = set()
         self._deliveries: dict[str, tuple[str, int, str]] = {}
@@ -129,7 +74,7 @@ class Channel(virtual.Channel):
             return
         if queue not in self.connection.taps:
             self.connection.taps[queue] = Tap(self.nats)
-            self._groups = None
+            self.intake.changed()
         self.connection.taps[queue].listen([wire_subject(self.settings, "", queue)])
 
     def _queue_bind(self, exchange: str, routing_key: str, _pattern: Any, queue: str) -> None:
@@ -176,7 +121,7 @@ class Channel(virtual.Channel):
 
     def _delete(self, queue: str, *_args: Any, **_options: Any) -> None:
         tap = self.connection.taps.pop(queue, None)
-        self._groups = None
+        self.intake.changed()
         if tap is not None:
             tap.stop()
         else:
@@ -220,7 +165,7 @@ class Channel(virtual.Channel):
     def send(self, entries: Sequence[tuple[str, int, bytes, str]], *, raising: bool = False) -> list[Exception | None]:
         """Publish (queue, step, body, id) each; return each one's error or None."""
         found: list[Exception | None] = self.nats.call(
-            self.nats.publish(entries), self.settings.publish_timeout + self.settings.connect_timeout
+            self.nats.publishing.publish(entries), self.settings.publish_timeout + self.settings.connect_timeout
         )
         error = next((each for each in found if each is not None), None)
         if raising and error is not None:
@@ -247,15 +192,11 @@ class Channel(virtual.Channel):
         """Consume from the queue."""
         super().basic_consume(queue, no_ack, callback, consumer_tag, **options)
         (self._without_ack.add if no_ack else self._without_ack.discard)(queue)
-        if queue not in self.connection.taps and queue not in self._pulls:
-            self.nats.call(self.nats.streams.ensure(queue))
-            steps = enumerate(self.settings.priority_steps)
-            self._pulls[queue] = [Pull(self.nats, queue, step, rank) for rank, step in steps]
-            for pull in self._pulls[queue]:
-                self.nats.call(pull.start())
-        self._groups = None
-        self.top_up()
-        self.nats.signal()
+        if queue not in self.connection.taps:
+            self.intake.start(queue)
+        self.intake.changed()
+        self.intake.top_up()
+        self.nats.bell.ring()
 
     def basic_cancel(self, consumer_tag: str) -> None:
         """Stop consuming; what has arrived and nobody has seen goes back."""
@@ -263,9 +204,8 @@ class Channel(virtual.Channel):
         super().basic_cancel(consumer_tag)
         if queue is None or queue in self._active_queues:
             return
-        self._groups = None
-        for pull in self._pulls.pop(queue, []):
-            self.nats.call(pull.stop())
+        self.intake.changed()
+        self.intake.stop(queue)
         if queue in self._auto_delete:
             self._auto_delete.discard(queue)
             self.nats.call(self.nats.streams.delete(queue))
@@ -273,101 +213,33 @@ class Channel(virtual.Channel):
     def basic_qos(self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False) -> None:  # noqa: FBT001, FBT002 - kombu's signature
         """Change the prefetch, also while running."""
         super().basic_qos(prefetch_size, prefetch_count, apply_global)
-        self.top_up()
-        self.nats.signal()
-
-    def top_up(self) -> None:
-        """Ask for as many messages as the prefetch has room for: at once when half of them are missing.
-
-        For fewer, if none is coming, with the acknowledgements that are gathered.
-        """
-        if self._ask(chunk=max(1, (self.qos.prefetch_count or WINDOW) // 2)):
-            self.nats.soon(self._ask)
-
-    def _ask(self, chunk: int = 1) -> bool:
-        """Ask where so many are missing; return whether fewer are missing somewhere, and none is coming."""
-        asks, fewer = [], False
-        with self._lock:
-            room = self.qos.can_consume_max_estimate()
-            if room is None:
-                room = WINDOW
-            for pulls in list(self._pulls.values()):
-                for pull in pulls:
-                    missing = pull.missing(room)
-                    if missing >= chunk:
-                        pull.asked(missing)
-                        asks.append((pull, missing))
-                    elif missing > 0 and not pull.coming:
-                        fewer = True
-        if asks:
-            self.nats.ask(asks)
-        return fewer
+        self.intake.top_up()
+        self.nats.bell.ring()
 
     def settle(self, delivery_tag: str, verb: bytes) -> None:
         """Tell the server what became of a delivery; for any thread."""
         reply, delivered, _ = self._deliveries.pop(delivery_tag, ("", 0, ""))
-        self.top_up()
+        self.intake.top_up()
         if reply:
             if verb == b"-NAK" and self.settings.backoff:
                 wait = self.settings.backoff[min(delivered, len(self.settings.backoff)) - 1]
                 verb = b"-NAK " + json.dumps({"delay": int(wait * 1e9)}).encode()
-            self.nats.settle(reply, verb)
-        if self._stalled:
-            self.nats.signal()
+            self.nats.settling.settle(reply, verb)
+        self.intake.go_on()
 
     def bury(self, delivery_tag: str) -> None:
         """Move a delivery to the dead letters: its consumer rejected it."""
         reply, _, queue = self._deliveries.pop(delivery_tag, ("", 0, ""))
-        self.top_up()
+        self.intake.top_up()
         if reply:
-            self.nats.reject(queue, reply)
-        if self._stalled:
-            self.nats.signal()
+            self.nats.dead.reject(queue, reply)
+        self.intake.go_on()
 
-    def deliver(self, limit: int) -> int:
-        """Deliver what has arrived, the first priority first, queues in turn; return how many messages."""
-        count = 0
-        # From before the look at the prefetch: what is settled meanwhile must wake the hub.
-        self._stalled = True
-        can_consume, groups = self.qos.can_consume, self._waiting()
-        while count < limit:
-            before = count
-            for rank, group in enumerate(groups):
-                if rank and self._higher_expected(rank, group):
-                    limit = count
-                    break
-                for queue, messages in group:
-                    if messages and can_consume():
-                        count += 1
-                        payload = self._decoded(queue, messages.popleft())
-                        if payload is not None:
-                            self.connection._deliver(payload, queue)
-                if count > before:
-                    break
-            else:
-                break
-        self._stalled = any(messages for group in groups for _, messages in group)
-        self.top_up()
-        return count
-
-    def _higher_expected(self, rank: int, group: Sequence[tuple[str, deque[Msg]]]) -> bool:
-        """Return whether this group's messages wait: one of a higher priority must be on its way."""
-        if not any(messages for _, messages in group):
-            return False
-        if not any(pull.expected for pulls in self._pulls.values() for pull in pulls[:rank]):
-            return False
-        self.nats.signal_in(EXPECTED_SECONDS)
-        return True
-
-    def _waiting(self) -> list[list[tuple[str, deque[Msg]]]]:
-        """Return the buffers with their queues' names, those of one rank together, the first rank first."""
-        if self._groups is None:
-            taps = self.connection.taps
-            found = [(pull.rank, queue, pull.messages) for queue, pulls in self._pulls.items() for pull in pulls]
-            found += [(0, queue, taps[queue].messages) for queue in dict.fromkeys(self._active_queues) if queue in taps]
-            ranks = sorted({rank for rank, _, _ in found})
-            self._groups = [[each[1:] for each in found if each[0] == rank] for rank in ranks]
-        return self._groups
+    def hand_over(self, queue: str, msg: Msg) -> None:
+        """Deliver a message that has come."""
+        payload = self._decoded(queue, msg)
+        if payload is not None:
+            self.connection._deliver(payload, queue)
 
     def _decoded(self, queue: str, msg: Msg) -> dict[str, Any] | None:
         """Return the message under a tag of this delivery; None for garbage, which is kept as a dead letter."""
@@ -401,9 +273,9 @@ class Channel(virtual.Channel):
         """Give what is no message to who keeps it in a better place than a stream; back to its queue if that is out."""
         keep = self.connection.on_garbage
         if keep is None:
-            self.nats.call(self.nats.bury(queue, msg.reply, msg.data, reason))
+            self.nats.call(self.nats.dead.bury(queue, msg.reply, msg.data, reason))
         else:
-            self.nats.settle(msg.reply, b"+ACK" if keep(queue, msg.data, reason) else LATER)
+            self.nats.settling.settle(msg.reply, b"+ACK" if keep(queue, msg.data, reason) else LATER)
 
     def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:  # noqa: ARG002 - kombu's signature
         tap = self.connection.taps.get(queue)
@@ -418,6 +290,11 @@ class Channel(virtual.Channel):
         (self._without_ack.add if no_ack else self._without_ack.discard)(queue)
         return super().basic_get(queue, no_ack, **options)
 
+    @property
+    def active_queues(self) -> list[str]:
+        """The queues that are consumed from, once for each consumer."""
+        return list(self._active_queues)
+
     def after_reply_message_received(self, queue: str) -> None:
         """Keep the reply's queue: its owner cancels it."""
 
@@ -425,8 +302,6 @@ class Channel(virtual.Channel):
         """Close the channel; what is held goes back."""
         if not self.closed:
             if not self.nats.broken and self.connection is not None:
-                for queue in list(self._pulls):
-                    for pull in self._pulls.pop(queue):
-                        self.nats.call(pull.stop())
+                self.intake.close()
                 self.qos.restore_unacked()
             super().close()

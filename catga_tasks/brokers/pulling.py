@@ -120,11 +120,11 @@ class Pull(Buffer):
             else:
                 await self._subscription.unsubscribe()
         while self.messages:
-            self._connection.settle(self.messages.popleft().reply, b"-NAK")
+            self._connection.settling.settle(self.messages.popleft().reply, b"-NAK")
 
     async def ask(self, count: int) -> None:
         """Send a request for so many messages."""
-        if not self._connection.nats.is_connected:
+        if not self._connection.nats.is_connected or self not in self._connection.pulls:
             self._came += count
             return
         request = json.dumps({"batch": count, "expires": int(PULL_SECONDS * 1e9)}).encode()
@@ -135,7 +135,7 @@ class Pull(Buffer):
         """Have everything asked for anew: the requests of before are gone."""
         self._came = self._asked
         self._heard = time.monotonic()
-        self._connection.signal()
+        self._connection.bell.ring()
 
     def check(self) -> None:
         """Have it asked for anew when the server has been silent for longer than it keeps a request."""
@@ -153,16 +153,16 @@ class Pull(Buffer):
         limit = connection.settings.max_deliver
         if limit is not None and times_delivered(msg.reply) > limit:
             reason = f"It was delivered {limit} times (max_deliver) and never acknowledged."
-            connection.finish(connection.bury(self._queue, msg.reply, msg.data, reason))
-            connection.signal()
+            connection.dead.bury_soon(self._queue, msg.reply, msg.data, reason)
+            connection.bell.ring()
             return
-        connection.hold(msg)
+        connection.settling.hold(msg.reply)
         self.messages.append(msg)
-        connection.signal()
+        connection.bell.ring()
 
     def _ended(self, headers: dict[str, str]) -> None:
         """Note that a request has ended, by its time or because its stream is gone."""
         self._came = min(self._asked, self._came + int(headers.get("Nats-Pending-Messages", self._asked)))
         if headers.get("Status") in ("404", "409", "503") and "Deleted" in str(headers.get("Description")):
             self._connection.streams.known.discard(self._queue)
-        self._connection.later(PAUSE_SECONDS, self._connection.signal)
+        self._connection.loop.call_later(PAUSE_SECONDS, self._connection.bell.ring)

@@ -28,7 +28,7 @@ PROBE_BYTES = 8192
 #: The queue whose stream a probe writes to.
 PROBE = "catga-probe"
 #: The server's code for a stream of that name with another configuration.
-_STREAM_EXISTS = 10058
+STREAM_EXISTS = 10058
 
 
 class Streams:
@@ -41,7 +41,6 @@ class Streams:
         #: Those that expire: who publishes to one that is gone doesn't make it again.
         self.expiring: set[str] = set()
         self._sweep_due = 0.0
-        self._dead = False
 
     async def ensure(self, queue: str, arguments: Mapping[str, Any] | None = None, *, durable: bool = True) -> None:
         """Make the queue's stream and its consumers, or bring them to the settings.
@@ -76,7 +75,7 @@ class Streams:
         try:
             await self._connection.js.add_stream(wanted)
         except js_errors.APIError as error:
-            if error.err_code != _STREAM_EXISTS:
+            if error.err_code != STREAM_EXISTS:
                 raise
             await self._adjust(queue, wanted)
         for step in settings.priority_steps:
@@ -112,24 +111,6 @@ class Streams:
             )
             raise StreamConflict(message) from None
 
-    async def ensure_dead(self) -> None:
-        """Make the stream of dead letters, unless it is there: somebody may have given it other limits."""
-        if self._dead:
-            return
-        settings = self._connection.settings
-        wanted = api.StreamConfig(
-            name=settings.dead_stream,
-            subjects=[f"{settings.stream_prefix}.dead.>"],
-            storage=api.StorageType(settings.storage),
-            num_replicas=settings.replicas,
-        )
-        try:
-            await self._connection.js.add_stream(wanted)
-        except js_errors.APIError as error:
-            if error.err_code != _STREAM_EXISTS:
-                raise
-        self._dead = True
-
     async def exists(self, queue: str) -> bool:
         """Return whether the queue has a stream."""
         if queue in self.known:
@@ -145,9 +126,9 @@ class Streams:
 
     async def sweep(self) -> None:
         """Delete expired queues: JetStream keeps streams for ever, so who declares one of the kind looks after all."""
-        if self._connection.loop_time() < self._sweep_due:
+        if self._connection.loop.time() < self._sweep_due:
             return
-        self._sweep_due = self._connection.loop_time() + SWEEP_SECONDS
+        self._sweep_due = self._connection.loop.time() + SWEEP_SECONDS
         js, prefix = self._connection.js, f"{self._connection.settings.stream_prefix}-"
         found: list[api.StreamInfo] = []
         while page := await js.streams_info(len(found)):
@@ -188,7 +169,7 @@ class Streams:
         try:
             await js.add_stream(own)
         except js_errors.APIError as error:
-            if error.err_code != _STREAM_EXISTS:
+            if error.err_code != STREAM_EXISTS:
                 raise
         await js.publish(settings.subject(PROBE, 0), bytes(PROBE_BYTES), settings.publish_timeout)
         await js.purge_stream(settings.stream(PROBE))

@@ -58,4 +58,4 @@ class Tap(Buffer):
 
     async def _arrived(self, msg: Msg) -> None:
         self.messages.append(msg)
-        self._connection.signal()
+        self._connection.bell.ring()

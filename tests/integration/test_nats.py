@@ -141,6 +141,25 @@ def test_40_a_stream_of_somebody_else(connect, options):
             publish(connection, ["x"])
 
 
+def test_16_a_queue_that_is_added_at_work_is_asked_for(connect):
+    """What other threads settle meanwhile asks for nothing before the answer can come."""
+    with connect() as connection:
+        publish(connection, ["x"], priority=9)
+        channel, stop = connection.default_channel, threading.Event()
+
+        def settle():
+            while not stop.is_set():
+                channel.intake.top_up()
+
+        thread = threading.Thread(target=settle)
+        thread.start()
+        try:
+            held(connection, 1)
+        finally:
+            stop.set()
+            thread.join()
+
+
 def test_40_an_option_that_cant_change(connect):
     with connect() as connection:
         publish(connection, ["x"])

@@ -1,0 +1,121 @@
+"""When is a message published? When the server has confirmed that it is stored.
+
+Messages leave one after another without waiting in between, and each has its own confirmation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from kombu.exceptions import ChannelError
+from nats import errors
+
+from catga_tasks.brokers.nats_errors import StreamGone, Unreachable, refusal, translated
+from catga_tasks.errors import CatgaError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nats.aio.msg import Msg
+
+    from catga_tasks.brokers.jetstream import Connection
+
+
+class Publishing:
+    """The messages that one connection publishes. Coroutines are for the loop thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._awaited: dict[str, tuple[_Batch, int]] = {}
+        self._tokens = 0
+        self._inbox = ""
+
+    async def start(self) -> None:
+        """Subscribe to the confirmations."""
+        self._inbox = self._connection.nats.new_inbox()
+        await self._connection.nats.subscribe(f"{self._inbox}.*", cb=self._confirmed)
+
+    async def publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
+        """Publish (queue, step, body, id) each and wait for all confirmations; return each one's error or None.
+
+        What finds its stream gone, as after a delete elsewhere, is published again to a new one; while a cluster elects
+        the stream's leader, until there is one.
+        """
+        loop, streams = self._connection.loop, self._connection.streams
+        deadline = loop.time() + self._connection.settings.publish_timeout
+        found = await self._publish(entries, deadline)
+        pause = 0.0
+        while again := [number for number, error in enumerate(found) if isinstance(error, StreamGone)]:
+            if loop.time() + pause >= deadline:
+                for number in again:
+                    found[number] = Unreachable("NATS takes nothing now: the queue's stream has no leader.")
+                break
+            await asyncio.sleep(pause)
+            pause = min(0.5, pause * 2 or 0.05)
+            for number in list(again):
+                queue = entries[number][0]
+                streams.known.discard(queue)
+                if queue in streams.expiring:
+                    # As AMQP does with what nobody's queue takes: who would have read it is gone.
+                    found[number] = None
+                    again.remove(number)
+            for number, error in zip(again, await self._publish([entries[n] for n in again], deadline), strict=True):
+                found[number] = error
+        return found
+
+    async def _publish(self, entries: Sequence[tuple[str, int, bytes, str]], deadline: float) -> list[Exception | None]:
+        batch = _Batch(len(entries), self._connection.loop)
+        late = self._connection.loop.call_at(deadline, batch.end)
+        tokens: list[str] = []
+        try:
+            for number, entry in enumerate(entries):
+                self._tokens += 1
+                tokens.append(str(self._tokens))
+                self._awaited[tokens[-1]] = (batch, number)
+                try:
+                    await self._send(*entry, reply=f"{self._inbox}.{tokens[-1]}")
+                except (errors.Error, CatgaError, ChannelError) as error:
+                    batch.answer(number, translated(error))
+            await batch.complete
+        finally:
+            late.cancel()
+            for token in tokens:
+                self._awaited.pop(token, None)
+        return batch.outcomes
+
+    async def _send(self, queue: str, step: int, body: bytes, identity: str, *, reply: str) -> None:
+        connection = self._connection
+        if queue not in connection.streams.known:
+            await connection.streams.ensure(queue)
+        subject = connection.settings.subject(queue, step)
+        await connection.nats.publish(subject, body, reply=reply, headers={"Nats-Msg-Id": identity})
+
+    async def _confirmed(self, msg: Msg) -> None:
+        batch, number = self._awaited.pop(msg.subject.rpartition(".")[2], (None, 0))
+        if batch is not None:
+            batch.answer(number, refusal(msg))
+
+
+class _Batch:
+    """The confirmations of messages that were published together."""
+
+    def __init__(self, count: int, loop: asyncio.AbstractEventLoop) -> None:
+        late: Exception = Unreachable("NATS didn't confirm the message in time (publish_timeout).")
+        self.outcomes: list[Exception | None] = [late] * count
+        self.complete = loop.create_future()
+        self._open = count
+        if not count:
+            self.end()
+
+    def answer(self, number: int, error: Exception | None) -> None:
+        """Note what became of one."""
+        self.outcomes[number] = error
+        self._open -= 1
+        if not self._open:
+            self.end()
+
+    def end(self) -> None:
+        """Wait no longer."""
+        if not self.complete.done():
+            self.complete.set_result(None)
