@@ -64,7 +64,7 @@ def run(bench: Bench, *, quick: bool) -> list[Row]:
         connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("VACUUM ANALYZE"))
     with flower(bench) as url:
         rows = pages(url, middle, many, times=3 if quick else 30)
-        rows.append(polled(bench, url, rows=500 if quick else 40_000, times=1 if quick else 9))
+        rows.append(polled(bench, url, rows=500 if quick else 40_000, times=1 if quick else 41))
     bench.empty()
     return rows
 

@@ -76,6 +76,10 @@ class Shop:
             return connection.execute(text("SELECT count(*) FROM catga_outbox")).scalar_one()
 
 
+#: What a command prints is the same with each database; their statements have tests of their own.
+ONE_DATABASE = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+
+
 @pytest.fixture
 def empty(database_url, redis_url, tmp_path):
     """The application on a database without tables."""
@@ -120,6 +124,7 @@ def test_status_and_a_relay_for_once(shop):
     assert found["oldest_age_seconds"] is None
 
 
+@ONE_DATABASE
 def test_keys_that_are_held(shop):
     """`outbox keys` shows whose turn it is and ends it; a dead letter whose unique key is taken stays one."""
     first = shop.charge.apply_async((1,), key="customer-7")
@@ -183,6 +188,7 @@ def test_queues_are_relayed_alone(shop):
     assert shop.pending() == 1
 
 
+@ONE_DATABASE
 def test_dead_letters(shop):
     shop.bury(3, error="the broker [refused] it")
     shop.bury(2, task="ship")
@@ -244,6 +250,7 @@ def test_25_a_wrong_url_is_one_line(tmp_path, database, said):
     assert len(printed.strip().splitlines()) == 1
 
 
+@ONE_DATABASE
 def test_25_unknown_settings_and_wrong_types(shop):
     shop.configure("outbox_bach_size=3")
     assert "did you mean outbox_batch_size?" in shop.run("relay", status=1)
@@ -253,6 +260,7 @@ def test_25_unknown_settings_and_wrong_types(shop):
     assert "must be longer than outbox_publish_timeout" in shop.run("relay", status=1)
 
 
+@ONE_DATABASE
 def test_25_a_newer_schema_is_refused(shop):
     with shop.engine.begin() as connection:
         connection.execute(text("UPDATE catga_version SET version_num = '9999'"))
@@ -299,6 +307,7 @@ def test_the_relay_in_a_worker(shop, processes):
     assert json.loads(shop.run("status", "--json"))["relays"] == []
 
 
+@ONE_DATABASE
 def test_25_a_worker_with_a_wrong_setting(shop, processes):
     shop.configure("outbox_bach_size=3")
     worker = processes.celery("shop", "worker", env=shop.environment, cwd=shop.folder)
@@ -307,6 +316,7 @@ def test_25_a_worker_with_a_wrong_setting(shop, processes):
     assert "Traceback" not in worker.log()
 
 
+@ONE_DATABASE
 def test_26_no_secret_is_printed(own_redis, shop, processes, database_url):
     """A broker's password that is wrong, a broker that isn't there, and a database user without a right."""
     broker = own_redis("--requirepass", "other-secret")
