@@ -1,4 +1,4 @@
-"""`celery -A app outbox ...`: migrate, run a relay, see how things stand, and deal with dead letters."""
+"""`celery -A app outbox ...`: migrate, run a relay, see how things stand, and put right what doesn't go on."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from catga_tasks.commands import (
     connected,
     console_for_people,
     everything_option,
-    letters,
     max_age_option,
     option,
     selecting,
     yes_option,
 )
 from catga_tasks.database import in_one_line
+from catga_tasks.dead_commands import dead
 from catga_tasks.errors import CatgaError
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ HEALTHY, NO_RELAY, NO_DATABASE = 0, 1, 2
 @click.group()
 def outbox() -> None:
     """Look after the transactional outbox: its tables, its relay and its dead letters."""
+
+
+outbox.add_command(dead)
 
 
 @command(outbox, "migrate")
@@ -285,91 +288,6 @@ def history_command(app: Catga, task_id: str, *, as_json: bool) -> None:
     for row in found:
         table.add_row(*(escape("-" if row[name] is None else str(row[name])) for name in row))
     console_for_people().print(table)
-
-
-@outbox.group()
-def dead() -> None:
-    """Deal with dead letters: messages that used up their attempts."""
-
-
-@command(dead, "list")
-@selecting
-@option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Rows to show at most.")
-@as_json_option
-def list_command(app: Catga, selection: Selection, *, limit: int, as_json: bool) -> None:
-    """List dead letters, the latest first."""
-    with connected(app) as connection:
-        total = admin.count(connection, "catga_dead_letters", selection)
-        found = admin.dead_letters(connection, selection, limit)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    if not found:
-        click.echo("No dead letters.")
-        return
-    table = Table("id", "died at", "task", "queue", "attempts", "error", title=f"{total:,} dead letters")
-    for row in found:
-        texts = (str(row["id"]), row["died_at"][:19], row["task"], row["queue"], str(row["attempts"]), row["error"])
-        table.add_row(*(escape(each) for each in texts))
-    console = console_for_people()
-    console.print(table)
-    if total > len(found):
-        console.print(f"{total - len(found):,} more: --limit shows them.")
-
-
-@command(dead, "show")
-@click.argument("number", type=int, metavar="ID")
-@as_json_option
-def show_command(app: Catga, number: int, *, as_json: bool) -> None:
-    """Show one dead letter: its message and what became of each attempt."""
-    with connected(app) as connection:
-        found = admin.dead_letter(connection, number)
-    if found is None:
-        message = f"There is no dead letter {number}; `outbox dead list` shows those there are."
-        raise click.ClickException(message)
-    found["body"] = found["body"].decode("utf-8", "backslashreplace")
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    console = console_for_people()
-    headers = found["headers"] if isinstance(found["headers"], dict) else {}
-    letter = Table(show_header=False, title=f"Dead letter {number}")
-    for name in ("task", "task_id", "broker", "queue", "exchange", "routing_key", "priority", "created_at", "died_at"):
-        letter.add_row(name, escape(str(found[name])))
-    letter.add_row("args", escape(str(headers.get("argsrepr"))))
-    letter.add_row("kwargs", escape(str(headers.get("kwargsrepr"))))
-    letter.add_row("error", escape(found["error"]))
-    console.print(letter)
-    attempts = Table("attempt", "at", "error")
-    for entry in found["history"] if isinstance(found["history"], list) else []:
-        attempts.add_row(str(entry["attempt"]), str(entry["at"]), escape(str(entry["error"])))
-    console.print(attempts)
-
-
-@command(dead, "replay")
-@selecting
-@everything_option
-@yes_option
-def replay_command(app: Catga, selection: Selection, *, everything: bool, yes: bool) -> None:
-    """Put dead letters back into the outbox, to be published again."""
-    with chosen(app, selection, "catga_dead_letters", "Replay", everything=everything, yes=yes) as connection:
-        done = steering.replay(connection, selection, actor())
-        left = admin.count(connection, "catga_dead_letters", selection)
-    app.outbox.wake()
-    click.echo(f"{done:,} dead {letters(done)} replayed.")
-    if left:
-        click.echo(f"{left:,} stay: other messages hold their unique keys.")
-
-
-@command(dead, "discard")
-@selecting
-@everything_option
-@yes_option
-def discard_command(app: Catga, selection: Selection, *, everything: bool, yes: bool) -> None:
-    """Delete dead letters for good."""
-    with chosen(app, selection, "catga_dead_letters", "Discard", everything=everything, yes=yes) as connection:
-        done = steering.discard(connection, selection, actor())
-    click.echo(f"{done:,} dead {letters(done)} discarded.")
 
 
 @command(outbox, "purge")
