@@ -146,6 +146,7 @@ class KombuPublisher:
         """Turn to the URL whose turn it is, if the broker has several."""
         options = connection.transport_options
         for _ in range(self._outages % max(1, len(connection.alt))):
+            _ = connection.transport  # which may know better than kombu how to read the next URL
             connection.maybe_switch_next()
             # kombu forgets what wasn't there from the start.
             connection.transport_options = options

@@ -28,11 +28,12 @@ from catga_tasks.brokers.streams import Streams
 from catga_tasks.errors import CatgaError, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine
 
     from nats.aio.msg import Msg
 
     from catga_tasks.brokers.nats_settings import NatsSettings
+    from catga_tasks.brokers.nats_url import Address
     from catga_tasks.brokers.pulling import Pull
 
 logger = logging.getLogger("catga_tasks.nats")
@@ -52,14 +53,13 @@ class _Client(NatsClient):
 class Connection:
     """One connection. `broken` is set once an outage has lasted too long."""
 
-    def __init__(self, servers: Sequence[str], tls: bool, settings: NatsSettings) -> None:  # noqa: FBT001 - by position from a pair
+    def __init__(self, address: Address, settings: NatsSettings) -> None:
         self.settings = settings
         self.broken: Unreachable | None = None
         self.nats = _Client()
         self.js: Any = None
         self.pid = os.getpid()
-        self._servers = list(servers)
-        self._tls = tls
+        self._address = address
         self.loop = loop_thread.loop()
         self.bell = Bell()
         self.settling = Settling(self)
@@ -170,7 +170,7 @@ class Connection:
     def _options(self) -> dict[str, Any]:
         settings = self.settings
         options: dict[str, Any] = {
-            "servers": self._servers,
+            "servers": list(self._address.servers),
             "name": settings.client_name or f"catga-{os.getpid()}",
             "connect_timeout": settings.connect_timeout,
             "reconnect_time_wait": settings.reconnect_wait,
@@ -181,18 +181,15 @@ class Connection:
             "error_cb": self._failed,
             "disconnected_cb": self._disconnected,
             "reconnected_cb": self._reconnected,
-            "user": settings.user,
-            "password": settings.password,
-            "token": settings.token,
-            "nkeys_seed": settings.nkey,
-            "user_credentials": settings.credentials,
+            # The server's own list of its cluster has none, and nats-py doesn't decode a URL's.
+            **(settings.access or self._address.credentials),
         }
         for name in ("nkey", "credentials"):
             path = getattr(settings, name)
             if path is not None and not os.access(path, os.R_OK):
                 message = f"broker_transport_options: the file {name}={path!r} can't be read."
                 raise ConfigurationError(message)
-        if self._tls or settings.tls_ca_file or settings.tls_cert_file:
+        if self._address.tls or settings.tls_ca_file or settings.tls_cert_file:
             options["tls"] = settings.tls()
         return {name: value for name, value in options.items() if value is not None}
 
@@ -205,7 +202,7 @@ class Connection:
                 problem = ConfigurationError(
                     "The NATS server wants a client's certificate: set tls_cert_file and tls_key_file."
                 )
-            if isinstance(problem, ConfigurationError) or self._tries >= len(self._servers):
+            if isinstance(problem, ConfigurationError) or self._tries >= len(self._address.servers):
                 self._first_error.set_exception(problem)
             return
         if "ermissions" in str(error):

@@ -26,19 +26,18 @@ from __future__ import annotations
 import select
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from kombu.exceptions import ChannelError
 from kombu.log import get_logger
 from kombu.transport import virtual
 from kombu.utils.compat import detect_environment
-from kombu.utils.url import maybe_sanitize_url
 
 from catga_tasks.brokers.bindings import Bindings
 from catga_tasks.brokers.jetstream import Connection
 from catga_tasks.brokers.nats_channel import Channel
 from catga_tasks.brokers.nats_errors import Unreachable
-from catga_tasks.brokers.nats_settings import NatsSettings
+from catga_tasks.brokers.nats_settings import NatsSettings, hidden
+from catga_tasks.brokers.nats_url import address, keep_apart, keep_whole, url_of
 from catga_tasks.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -73,15 +72,23 @@ class Transport(virtual.Transport):
             raise ConfigurationError(
                 f"nats:// doesn't work with {detect_environment()}: start the worker with -P prefork, threads or solo."
             )
+        if client.ssl:
+            raise ConfigurationError(
+                "broker_use_ssl is for other brokers: nats:// takes tls:// as its URL, and tls_ca_file, tls_cert_file, "
+                "tls_key_file and tls_check_hostname in broker_transport_options."
+            )
         self.settings = NatsSettings.read(client.transport_options)
+        self._address = address(url_of(client))
+        client.transport_options = hidden(client.transport_options)
+        keep_apart(client, self._address)
+        keep_whole(client)
         super().__init__(client, **options)
         self._start_anew()
 
     def _start_anew(self) -> None:
         self.taps: dict[str, Tap] = {}
-        self.nats = Connection(*servers_of(self.client.hostname or ""), self.settings)
+        self.nats = Connection(self._address, self.settings)
         self.bindings = Bindings(self.nats)
-        self._stored: dict[str, float] = {}
 
     def driver_version(self) -> str:
         """Return nats-py's version."""
@@ -112,15 +119,13 @@ class Transport(virtual.Transport):
         return bool(self.nats.nats.is_connected) and self.nats.broken is None
 
     def stored(self, queue: str) -> bool:
-        """Return whether the queue has a stream; asked anew after a while if it hasn't."""
-        now = time.monotonic()
-        if queue in self.nats.streams.known or self._stored.get(queue, 0.0) > now:
-            return queue in self.nats.streams.known
-        if self.nats.call(self.nats.streams.exists(queue)):
-            self.nats.call(self.nats.streams.ensure(queue))  # unless it expires, and has settings of its own
+        """Return whether the queue has a stream."""
+        if queue in self.nats.streams.known:
             return True
-        self._stored[queue] = now + 1.0
-        return False
+        if not self.nats.call(self.nats.streams.exists(queue)):
+            return False
+        self.nats.call(self.nats.streams.ensure(queue))  # unless it expires, and has settings of its own
+        return True
 
     def drain_events(self, _connection: Any, timeout: float | None = None) -> None:
         """Deliver what has arrived, or wait for it; raise `socket.timeout` after `timeout` seconds."""
@@ -148,33 +153,6 @@ class Transport(virtual.Transport):
             raise self.nats.broken
         return sum(channel.intake.deliver(BURST) for channel in list(self.channels))
 
-    def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:  # noqa: FBT001, FBT002 - kombu's signature
+    def as_uri(self, _uri: str, include_password: bool = False, mask: str = "**") -> str:  # noqa: FBT001, FBT002 - kombu's signature
         """Return the URL, its password or token masked."""
-        if include_password:
-            return uri
-        scheme, _, rest = uri.partition("://")
-        hosts = [
-            f"{scheme}://{part}" if "@" not in part else maybe_sanitize_url(f"{scheme}://{_masked(part, mask)}", mask)
-            for part in rest.split(",")
-        ]
-        return ",".join([hosts[0], *(host.partition("://")[2] for host in hosts[1:])])
-
-
-def _masked(part: str, mask: str) -> str:
-    access, _, host = part.rpartition("@")
-    return f"{access.partition(':')[0] if ':' in access else mask}:{mask}@{host}" if ":" in access else f"{mask}@{host}"
-
-
-def servers_of(url: str) -> tuple[list[str], bool]:
-    """Return the cluster's servers and whether TLS is wanted; raise `ConfigurationError` for a port that is none."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        scheme, rest = "nats", url
-    servers = [f"nats://{host}" for part in rest.split(",") if (host := part.strip().rstrip("/"))]
-    for server in servers:
-        try:
-            _ = urlsplit(server).port
-        except ValueError:
-            place = server.rpartition("@")[2].removeprefix("nats://")
-            raise ConfigurationError(f"broker_url: the port of {place} must be a number from 0 to 65535.") from None
-    return servers or ["nats://localhost"], scheme == "tls"
+        return self._address.url(None if include_password else mask)

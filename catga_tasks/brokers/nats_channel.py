@@ -11,7 +11,6 @@ from kombu.log import get_logger
 from kombu.transport import virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps, loads
-from kombu.utils.uuid import uuid
 
 from catga_tasks.brokers.batches import PublishBatch
 from catga_tasks.brokers.bindings import subjects_of, wanted, wire_subject
@@ -34,6 +33,12 @@ logger = get_logger("catga_tasks.nats")
 KEPT_MILLISECONDS = 300_000
 #: Gives a message back, to be delivered again after 5 seconds.
 LATER = b'-NAK {"delay": 5000000000}'
+
+
+class Unsure(str):
+    """The id of a message whose publish failed, and is tried again. No message that came from somewhere has one."""
+
+    __slots__ = ()
 
 
 class Channel(virtual.Channel):
@@ -140,7 +145,12 @@ class Channel(virtual.Channel):
         """Publish to the queue, or to whatever is bound to the exchange; return when it is stored."""
         entries, broadcasts = self.routes(message, exchange, routing_key)
         if entries:
-            self.send(entries, raising=True)
+            try:
+                self.send(entries, raising=True)
+            except Exception:
+                # It may be stored all the same. kombu tries again with these very properties.
+                message["properties"]["delivery_tag"] = Unsure(message["properties"]["delivery_tag"])
+                raise
         for subject, body in broadcasts:
             self.broadcast(subject, body)
 
@@ -152,13 +162,16 @@ class Channel(virtual.Channel):
         self, message: dict[str, Any], exchange: str, routing_key: str
     ) -> tuple[list[tuple[str, int, bytes, str]], list[tuple[str, bytes]]]:
         """Return where a message goes: (queue, step, body, id) for stored queues, (subject, body) for passing ones."""
+        identity = message["properties"].get("delivery_tag")
         self._inplace_augment_message(message, exchange, routing_key)
+        if isinstance(identity, Unsure):
+            message["properties"]["delivery_tag"] = str(identity)
         stored = self._routed(exchange, routing_key) if exchange else []
         if not exchange and routing_key not in self.connection.taps and self.connection.stored(routing_key):
             stored = [routing_key]
         body = dumps(message).encode()
         step = self._step(message)
-        entries = [(queue, step, body, uuid()) for queue in stored]
+        entries = [(queue, step, body, message["properties"]["delivery_tag"]) for queue in stored]
         passing = bool(exchange) or not stored
         return entries, [(wire_subject(self.settings, exchange, routing_key), body)] if passing else []
 

@@ -6,14 +6,16 @@ import difflib
 import re
 import ssl
 from bisect import bisect_right
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from catga_tasks.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    _Check = Callable[[str, object], None]
 
 #: Options of `broker_transport_options` that kombu, Celery and our relay read themselves.
 _OTHERS = frozenset((
@@ -22,6 +24,31 @@ _OTHERS = frozenset((
 ))  # fmt: skip
 #: The longest name that the server takes.
 NAME_LENGTH = 255
+#: The longest time, in seconds: some thirty years.
+_LONGEST = 1e9
+
+
+class Secret:
+    """A password among a connection's options. Celery shows those: in `inspect stats`, and so in Flower."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def __json__(self) -> str:
+        """Return what kombu's JSON has instead."""
+        return "**"
+
+    def __repr__(self) -> str:
+        # kombu tells connections apart by it.
+        return f"<secret {hash(self.value)}>"
+
+
+def hidden(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with their secrets as such."""
+    return {
+        name: Secret(value) if name in ("password", "token") and isinstance(value, str) else value
+        for name, value in options.items()
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +92,8 @@ class NatsSettings:
     ping_interval: float = 20.0
     client_name: str | None = None
     user: str | None = None
-    password: str | None = None
-    token: str | None = None
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
     #: Path of a file with an nkey's seed.
     nkey: str | None = None
     #: Path of a .creds file.
@@ -78,37 +105,38 @@ class NatsSettings:
     tls_key_file: str | None = None
 
     def __post_init__(self) -> None:
-        _choice("storage", self.storage, ("file", "memory"))
-        _choice("discard", self.discard, ("new", "old"))
-        _between("replicas", self.replicas, 1, 5)
-        for name in ("compression", "tls_check_hostname"):
-            if not isinstance(getattr(self, name), bool):
-                _refuse(name, getattr(self, name), "True or False")
-        for name in ("duplicate_window", "ack_wait", "connect_timeout", "publish_timeout", "reconnect_wait",
-                     "reconnect_grace", "ping_interval"):  # fmt: skip
-            _seconds(name, getattr(self, name))
-        for name in ("max_age", "max_msgs", "max_bytes", "max_msg_size", "max_deliver"):
-            if getattr(self, name) is not None:
-                _seconds(name, getattr(self, name))
-        steps = self.priority_steps
-        if not (steps and all(type(step) is int for step in steps) and list(steps) == sorted(set(steps))):
-            _refuse("priority_steps", steps, "whole numbers that ascend, such as (0, 3, 6, 9)")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.stream_prefix):
-            _refuse("stream_prefix", self.stream_prefix, "1 to 64 letters, digits, - or _")
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not None or name in _NEEDED:
+                check(name, value)
+        if (self.user is None) != (self.password is None):
+            raise ConfigurationError("broker_transport_options: user and password come together, or neither does.")
+        if self.tls_key_file and not self.tls_cert_file:
+            raise ConfigurationError("broker_transport_options: tls_key_file is of no use without tls_cert_file.")
+
+    @property
+    def access(self) -> dict[str, str]:
+        """The credentials, by nats-py's names."""
+        found = {
+            "user": self.user, "password": self.password, "token": self.token, "nkeys_seed": self.nkey,
+            "user_credentials": self.credentials,
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def read(cls, options: Mapping[str, Any]) -> NatsSettings:
         """Take the options of `broker_transport_options`; raise `ConfigurationError` for an unknown one."""
-        known = [field.name for field in fields(cls)]
+        known = [each.name for each in fields(cls)]
         for name in options:
             if name not in known and name not in _OTHERS:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "docs/reference/nats.md lists them."
                 message = f"broker_transport_options: nats:// has no option {name}; {hint}"
                 raise ConfigurationError(message)
         given = {name: options[name] for name in known if name in options}
+        given |= {name: value.value for name, value in given.items() if isinstance(value, Secret)}
         for name in ("backoff", "priority_steps"):
-            if name in given:
+            if isinstance(given.get(name), list):
                 given[name] = tuple(given[name])
         return cls(**given)
 
@@ -158,21 +186,92 @@ def escape(name: str) -> str:
     )
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        _refuse(name, value, " or ".join(map(repr, choices)))
+def _choice(*choices: str) -> _Check:
+    def check(name: str, value: object) -> None:
+        if value not in choices:
+            _refuse(name, value, " or ".join(map(repr, choices)))
+
+    return check
 
 
-def _between(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        _refuse(name, value, f"a whole number from {low} to {high}")
+def _whole(low: int, high: int, wanted: str, *others: int) -> _Check:
+    def check(name: str, value: object) -> None:
+        if type(value) is not int or not (low <= value <= high or value in others):
+            _refuse(name, value, wanted)
+
+    return check
 
 
-def _seconds(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        _refuse(name, value, "a number above 0")
+def _seconds(low: float, wanted: str) -> _Check:
+    def check(name: str, value: object) -> None:
+        if not _is_number(value) or not low <= value <= _LONGEST:
+            _refuse(name, value, wanted)
+
+    return check
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _refuse(name, value, "True or False")
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        # It may be a secret.
+        raise ConfigurationError(
+            f"broker_transport_options: {name} must be a string that isn't empty, not a {type(value).__name__}."
+        )
+
+
+def _prefix(name: str, value: object) -> None:
+    if not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value)):
+        _refuse(name, value, "1 to 64 letters, digits, - or _")
+
+
+def _waits(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or not all(_is_number(wait) and 0 <= wait <= _LONGEST for wait in value):
+        _refuse(name, value, "a list of numbers of seconds, such as [1, 10, 60]")
+
+
+def _steps(name: str, value: object) -> None:
+    steps = value if isinstance(value, tuple) else ()
+    if not steps or not all(type(step) is int for step in steps) or list(steps) != sorted(set(steps)):
+        _refuse(name, value, "whole numbers that ascend, such as (0, 3, 6, 9)")
 
 
 def _refuse(name: str, value: object, wanted: str) -> None:
     message = f"broker_transport_options: {name} must be {wanted}, not {value!r}."
     raise ConfigurationError(message)
+
+
+_pause = _seconds(1e-3, "a number above 0")
+_kept = _seconds(0.1, "a number of seconds, at least 0.1")
+_limit = _whole(1, 2**63 - 1, "a whole number above 0")
+_CHECKS: dict[str, _Check] = {
+    "stream_prefix": _prefix,
+    "storage": _choice("file", "memory"),
+    "replicas": _whole(1, 5, "a whole number from 1 to 5"),
+    "compression": _flag,
+    "max_age": _kept,
+    "max_msgs": _limit,
+    "max_bytes": _limit,
+    "max_msg_size": _whole(1, 2**31 - 1, "a whole number from 1 to 2147483647"),
+    "discard": _choice("new", "old"),
+    "duplicate_window": _kept,
+    "ack_wait": _pause,
+    "max_deliver": _limit,
+    "backoff": _waits,
+    "max_ack_pending": _whole(1, 2**31 - 1, "a whole number above 0, or -1", -1),
+    "priority_steps": _steps,
+    **dict.fromkeys(
+        ("connect_timeout", "publish_timeout", "reconnect_wait", "reconnect_grace", "ping_interval"), _pause
+    ),
+    **dict.fromkeys(("client_name", "user", "password", "token", "nkey", "credentials"), _text),
+    "tls_check_hostname": _flag,
+    **dict.fromkeys(("tls_ca_file", "tls_cert_file", "tls_key_file"), _text),
+}
+_NEEDED = frozenset(each.name for each in fields(NatsSettings) if each.default is not None)

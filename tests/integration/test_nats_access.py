@@ -10,8 +10,10 @@ import pytest
 import trustme
 from kombu import Connection, Queue
 
+from catga_tasks import Catga
 from catga_tasks.brokers.nats_errors import AccessRefused
-from catga_tasks.errors import ConfigurationError
+from catga_tasks.errors import BrokerUnavailable, ConfigurationError
+from tests.waiting import wait_until
 from workers.servers import NatsServer
 
 SECRET = "s3cr3t-pass"
@@ -137,6 +139,27 @@ def test_03_passwords_and_tokens(server, authorization, right, wrong):
     refused(running.url.replace("://", f"://shop:{SECRET}x@"), AccessRefused)
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_03_the_url_to_fall_back_on_is_as_good_as_the_first(server, files, engine):
+    """With its port, its TLS, its password, and all its servers: for kombu, and for the relay."""
+    running = server(tls(files) + "\nauthorization { user: shop, password: 's3cr3t/p@ss' }")
+    good = f"tls://shop:s3cr3t%2Fp%40ss@127.0.0.1:{running.port},127.0.0.1:1"
+    options = {"connect_timeout": 3.0, "tls_ca_file": f"{files}/ca.pem"}
+    with Connection(["nats://127.0.0.1:1", good], transport_options=options) as connection:
+        connection.ensure_connection(max_retries=3, interval_start=0.1)
+        assert connection.as_uri() == f"tls://shop:**@127.0.0.1:{running.port},127.0.0.1:1"
+        assert connection.default_channel._size("celery") == 0
+    app = Catga("shop", broker=["nats://127.0.0.1:1", good], outbox=engine, set_as_current=False)
+    app.conf.broker_transport_options = options
+    app.task(name="charge", shared=False)(charge)
+    app.tasks["charge"].delay(1)
+    relay = app.relay()
+    with pytest.raises(BrokerUnavailable):
+        relay.run_once()
+    wait_until(lambda: relay.run_once() == 1)
+    assert works(good, **options, stream_prefix="other")
+
+
 def test_03_nkeys(server, tmp_path):
     seed = nkeys.encode_seed(b"0123456789abcdef0123456789abcdef", nkeys.PREFIX_BYTE_USER)
     public = nkeys.from_seed(bytearray(seed)).public_key.decode()
@@ -169,3 +192,7 @@ def test_tls_context_is_as_strict_as_python_makes_it(files):
 
     strict = NatsSettings(tls_ca_file=f"{files}/ca.pem").tls()
     assert (strict.check_hostname, strict.verify_mode) == (True, ssl.CERT_REQUIRED)
+
+
+def charge(order):
+    return order
