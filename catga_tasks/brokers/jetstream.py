@@ -28,7 +28,7 @@ from catga_tasks.brokers.streams import Streams
 from catga_tasks.errors import CatgaError, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from nats.aio.msg import Msg
 
@@ -39,15 +39,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger("catga_tasks.nats")
 
 
-class _Client(NatsClient):
-    """nats-py would go on in plain text, password and all, where a server or somebody in between offers no TLS."""
+class Client(NatsClient):
+    """nats-py's client, which doesn't go on in plain text, and hands on at once what needs no task to be woken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: By a subscription's number: who takes its messages without headers, by their subject and data.
+        self.direct: dict[int, Callable[[bytes, bytes], None]] = {}
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:  # noqa: FBT001, FBT002 - nats-py's signature
+        """Refuse a server, or somebody in between, without TLS: nats-py would send it the password all the same."""
         if initial_connection and "tls" in self.options and not info.get("tls_required"):
             if not info.get("tls_available"):
                 raise NoTLS
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        """Take nats-py's way through a queue and a task only with what isn't taken here."""
+        take = None if headers else self.direct.get(sid)
+        if take is None:
+            await super()._process_msg(sid, subject, reply, data, headers)
+        else:
+            take(subject, data)
 
 
 class Connection:
@@ -56,7 +70,7 @@ class Connection:
     def __init__(self, address: Address, settings: NatsSettings) -> None:
         self.settings = settings
         self.broken: Unreachable | None = None
-        self.nats = _Client()
+        self.nats = Client()
         self.js: Any = None
         self.pid = os.getpid()
         self._address = address

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import ssl
-from typing import TYPE_CHECKING
 
 from kombu.exceptions import ChannelError
 from nats import errors
 from nats.js import errors as js_errors
 
 from catga_tasks.errors import CatgaError, ConfigurationError, MessageRejected
-
-if TYPE_CHECKING:
-    from nats.aio.msg import Msg
 
 
 class Unreachable(CatgaError, ConnectionError):
@@ -48,13 +44,11 @@ _NO_JETSTREAM = (None, 10039, 10076)
 _EXHAUSTED = (10002, 10005, 10023, 10026, 10027, 10028, 10047)
 
 
-def refusal(msg: Msg) -> Exception | None:
-    """Return what a confirmation says against the message, or None."""
-    if msg.headers and msg.headers.get("Status") == "503":
-        return StreamGone("There is no stream for this queue.")
-    if b'"error"' not in msg.data:
+def refusal(answer: bytes) -> Exception | None:
+    """Return what JetStream's answer says against a message, or None."""
+    if b'"error"' not in answer:
         return None
-    error = json.loads(msg.data)["error"]
+    error = json.loads(answer)["error"]
     return translated(js_errors.APIError(**{name: error.get(name) for name in ("code", "err_code", "description")}))
 
 

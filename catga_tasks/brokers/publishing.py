@@ -27,14 +27,16 @@ class Publishing:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._awaited: dict[str, tuple[_Batch, int]] = {}
+        self._awaited: dict[int, tuple[_Batch, int]] = {}
         self._tokens = 0
         self._inbox = ""
 
     async def start(self) -> None:
         """Subscribe to the confirmations."""
-        self._inbox = self._connection.nats.new_inbox()
-        await self._connection.nats.subscribe(f"{self._inbox}.*", cb=self._confirmed)
+        nats = self._connection.nats
+        self._inbox = nats.new_inbox()
+        subscription = await nats.subscribe(f"{self._inbox}.*", cb=self._answered)
+        nats.direct[subscription._id] = self._confirmed
 
     async def publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
         """Publish (queue, step, body, id) each and wait for all confirmations; return each one's error or None.
@@ -67,14 +69,14 @@ class Publishing:
     async def _publish(self, entries: Sequence[tuple[str, int, bytes, str]], deadline: float) -> list[Exception | None]:
         batch = _Batch(len(entries), self._connection.loop)
         late = self._connection.loop.call_at(deadline, batch.end)
-        tokens: list[str] = []
+        tokens: list[int] = []
         try:
             for number, entry in enumerate(entries):
                 self._tokens += 1
-                tokens.append(str(self._tokens))
-                self._awaited[tokens[-1]] = (batch, number)
+                tokens.append(self._tokens)
+                self._awaited[self._tokens] = (batch, number)
                 try:
-                    await self._send(*entry, reply=f"{self._inbox}.{tokens[-1]}")
+                    await self._send(*entry, reply=f"{self._inbox}.{self._tokens}")
                 except (errors.Error, CatgaError, ChannelError) as error:
                     batch.answer(number, translated(error))
             await batch.complete
@@ -91,10 +93,18 @@ class Publishing:
         subject = connection.settings.subject(queue, step)
         await connection.nats.publish(subject, body, reply=reply, headers={"Nats-Msg-Id": identity})
 
-    async def _confirmed(self, msg: Msg) -> None:
-        batch, number = self._awaited.pop(msg.subject.rpartition(".")[2], (None, 0))
+    async def _answered(self, msg: Msg) -> None:
+        """Take an answer with headers: nobody stores what has this subject."""
+        gone = msg.headers and msg.headers.get("Status") == "503"
+        self._note(msg.subject, StreamGone("There is no stream for this queue.") if gone else refusal(msg.data))
+
+    def _confirmed(self, subject: bytes, data: bytes) -> None:
+        self._note(subject.decode(), refusal(data))
+
+    def _note(self, subject: str, error: Exception | None) -> None:
+        batch, number = self._awaited.pop(int(subject[len(self._inbox) + 1 :]), (None, 0))
         if batch is not None:
-            batch.answer(number, refusal(msg))
+            batch.answer(number, error)
 
 
 class _Batch:
