@@ -14,9 +14,11 @@ from catga_tasks.envelope import Row, outgoing
 from catga_tasks.errors import BrokerUnavailable, MessageRejected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kombu import Connection, Producer
+
+    from catga_tasks.envelope import Envelope
 
 
 class KombuPublisher:
@@ -93,6 +95,19 @@ class KombuPublisher:
             self._producer = self._connection.Producer(auto_declare=False)
             self._declared.clear()
         return self._producer
+
+    def prepared(self, rows: Sequence[Row], receipt: Receipt) -> Iterator[tuple[Row, Envelope]]:
+        """Prepare the rows for the default exchange; yield each with what goes out, and note those at fault."""
+        for row in rows:
+            if row.envelope.exchange:
+                continue
+            try:
+                envelope = outgoing(row)
+                self.prepare(row)
+            except MessageRejected as error:
+                receipt.rejected.append((row, str(error)))
+            else:
+                yield row, envelope
 
     def prepare(self, row: Row) -> None:
         """Do what must be done before the publish; raise as `send` does."""

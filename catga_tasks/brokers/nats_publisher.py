@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from catga_tasks.brokers.contract import Receipt
 from catga_tasks.brokers.generic import KombuPublisher, describe
 from catga_tasks.brokers.nats_errors import AT_FAULT
-from catga_tasks.envelope import outgoing, virtual_message
+from catga_tasks.envelope import virtual_message
 from catga_tasks.errors import BrokerUnavailable, MessageRejected
 
 if TYPE_CHECKING:
@@ -78,15 +78,7 @@ class NatsPublisher(KombuPublisher):
 
     def _entries(self, rows: Sequence[Row], receipt: Receipt) -> list[tuple[Row, Any]]:
         entries = []
-        for row in rows:
-            if row.envelope.exchange:
-                continue
-            try:
-                envelope = outgoing(row)
-                self.prepare(row)
-            except MessageRejected as error:
-                receipt.rejected.append((row, str(error)))
-                continue
+        for row, envelope in self.prepared(rows, receipt):
             identity = f"{envelope.task_id}-{row.id}"
             body = virtual_message(envelope, identity).encode()
             step = self.producer().channel.settings.step(envelope.priority)
