@@ -237,6 +237,7 @@ class Catga(Celery):
                 published=partial(self._announce, name),
                 result_expires=self._result_expires,
                 system=self.messaging_system(name),
+                timed=bool(self.conf.worker_send_task_events),
             )
             for name in names
         ], Gauges(self.outbox.engine).read)  # fmt: skip

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from catga_tasks.config import Settings
     from catga_tasks.envelope import Row
     from catga_tasks.outbox import Place
+    from catga_tasks.tallies import Tally
 
 KILLED = "The relay's process died while it published this message."
 #: Seconds between two looks at which queues are paused.
@@ -51,12 +52,15 @@ class Claims:
         broker: str = "",
         queues: Sequence[str] = (),
         result_expires: float | None = None,
+        timed: Callable[[], bool] = lambda: False,
     ) -> None:
         self._engine = engine
         self._settings = settings
         self._relay = relay
         self._broker = broker
         self._result_expires = result_expires
+        #: Whether anybody asks since when the rows could have run.
+        self._timed = timed
         self._queues = tuple(sorted(queues))
         #: The turn in which each queue was last claimed from.
         self._served: dict[str | None, int] = {}
@@ -135,7 +139,7 @@ class Claims:
                 _discard(connection)
         self._work = self._side = None
 
-    def housekeep(self, *, hostname: str, pid: int, published: int) -> None:
+    def housekeep(self, *, hostname: str, pid: int, published: int, tally: Tally) -> None:
         """Write the heartbeat, fold away relays that are long gone, strike journal entries without rows.
 
         An entry of a living relay always has rows: it goes in the transaction that removes the last of them. Dead
@@ -150,6 +154,7 @@ class Claims:
                 broker=self._broker,
                 queues=self._queues,
                 published=published,
+                tally=tally,
             )
             liveness.retire(connection)
             for entry, ids in liveness.journal(connection):
@@ -252,14 +257,14 @@ class Claims:
         return [*waiting]
 
     def _claim_suspect(self, work: Connection, queue: str | None) -> list[Row]:
-        rows, _ = outbox.claim(work, 1, broker=self._broker, queue=queue, suspects=True)
+        rows, _ = outbox.claim(work, 1, broker=self._broker, queue=queue, suspects=True, timed=self._timed())
         return rows
 
     def _claim_batch(self, work: Connection, queue: str | None) -> list[Row]:
         started = time.monotonic()
         after = self._places.get(queue) if started < self._next_sweep.get(queue, 0.0) else None
         limit = self._settings.outbox_batch_size
-        rows, place = outbox.claim(work, limit, broker=self._broker, queue=queue, after=after)
+        rows, place = outbox.claim(work, limit, broker=self._broker, queue=queue, after=after, timed=self._timed())
         if after is None:
             ended = time.monotonic()
             self._next_sweep[queue] = ended + (ended - started) / SWEEP_SHARE

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from catga_tasks import admin
+from catga_tasks import admin, liveness
 from catga_tasks.telemetry import QueueCounts, Snapshot
 
 if TYPE_CHECKING:
@@ -72,4 +72,5 @@ def snapshot(connection: Connection) -> Snapshot:
         relays=len(status["relays"]),
         published=status["published"],
         duplicates={entry["task"]: entry["suppressed"] for entry in status["duplicates"]},
+        tally=liveness.tally(connection),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from catga_tasks.tables import dialect, later, now, seconds_since
+from catga_tasks.tallies import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,35 +86,45 @@ def heartbeat(
     broker: str,
     queues: Sequence[str],
     published: int,
+    tally: Tally,
 ) -> None:
-    """Say that this relay lives and how much it has published so far."""
+    """Say that this relay lives, and what it has published and counted so far."""
     moment = later(connection, "zero")
     statement = text(
-        "INSERT INTO catga_relays (id, hostname, pid, broker, queues, started_at, heartbeat_at, published) "
-        f"VALUES (:id, :hostname, :pid, :broker, :queues, {moment}, {moment}, :published) "
-        f"ON CONFLICT (id) DO UPDATE SET heartbeat_at = {moment}, published = excluded.published"
+        "INSERT INTO catga_relays (id, hostname, pid, broker, queues, started_at, heartbeat_at, published, tally) "
+        f"VALUES (:id, :hostname, :pid, :broker, :queues, {moment}, {moment}, :published, :tally) "
+        f"ON CONFLICT (id) DO UPDATE SET heartbeat_at = {moment}, published = excluded.published, "
+        "tally = excluded.tally"
     )
     values = {"id": relay, "hostname": hostname, "pid": pid, "broker": broker, "queues": ",".join(queues) or None}
-    connection.execute(statement, {**values, "published": published, "zero": 0})
+    connection.execute(statement, {**values, "published": published, "tally": tally.dump(), "zero": 0})
 
 
 def retire(connection: Connection, relay: str | None = None) -> None:
-    """Fold a relay that ends, or all that are long silent, into the row "retired"."""
+    """Fold a relay that ends, or all that are long silent, into the row "retired": what they counted stays."""
     gone = "id = :relay" if relay else f"id <> :retired AND heartbeat_at < {later(connection, 'ago')}"
+    parameters = {"relay": relay} if relay else {"retired": RETIRED, "ago": -RETIRE_SECONDS}
+    # Deleted first: of two relays that see a silent one, one gets it.
+    delete = text(f"DELETE FROM catga_relays WHERE {gone} RETURNING published, tally")
+    ended = connection.execute(delete, parameters).all()
+    if not ended:
+        return
     moment = now(connection)
-    parameters = {"relay": relay} if relay else {"ago": -RETIRE_SECONDS}
-    total = text(f"SELECT coalesce(sum(published), 0) FROM catga_relays WHERE {gone}")
-    published = connection.execute(total, {**parameters, "retired": RETIRED} if not relay else parameters).scalar_one()
     connection.execute(
         text(
             "INSERT INTO catga_relays (id, hostname, pid, started_at, heartbeat_at, published) "
             f"VALUES (:retired, '', 0, {moment}, {moment}, :published) "
             "ON CONFLICT (id) DO UPDATE SET published = catga_relays.published + excluded.published"
         ),
-        {"retired": RETIRED, "published": int(published)},
+        {"retired": RETIRED, "published": sum(row.published for row in ended)},
     )
-    delete = text(f"DELETE FROM catga_relays WHERE {gone}")
-    connection.execute(delete, {**parameters, "retired": RETIRED} if not relay else parameters)
+    # That has locked the row.
+    whole = text("SELECT tally FROM catga_relays WHERE id = :retired")
+    tally = Tally.load(connection.execute(whole, {"retired": RETIRED}).scalar_one())
+    for row in ended:
+        tally.merge(Tally.load(row.tally))
+    update = text("UPDATE catga_relays SET tally = :tally WHERE id = :retired")
+    connection.execute(update, {"retired": RETIRED, "tally": tally.dump()})
 
 
 def take_lease(connection: Connection, owner: str, broker: str, seconds: float) -> bool:
@@ -181,3 +192,11 @@ def alive(connection: Connection) -> list[dict[str, object]]:
 def published(connection: Connection) -> int:
     """Return how many messages relays have published since the tables were made."""
     return int(connection.execute(text("SELECT coalesce(sum(published), 0) FROM catga_relays")).scalar_one())
+
+
+def tally(connection: Connection) -> Tally:
+    """Return what relays have counted since the tables were made."""
+    found = Tally()
+    for content in connection.execute(text("SELECT tally FROM catga_relays")).scalars():
+        found.merge(Tally.load(content))
+    return found

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from flower.events import EventsState
 from flower.views import BaseHandler
 from flower.views.monitor import Metrics
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
 from tornado.web import url
 
-from catga_tasks import health, telemetry
+from catga_tasks import health, sightings, tallies, telemetry
 from catga_tasks.gauges import Gauges
+from catga_tasks.tallies import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from catga_tasks.telemetry import Gauge, Snapshot
+    from catga_tasks.telemetry import Measure, Snapshot
 
 #: An answer is given again for so long, in seconds: everybody may ask, and the broker has other things to do.
 HEALTH_SECONDS = 2.0
@@ -64,37 +69,65 @@ _last = _Last()
 
 
 class Outbox:
-    """A collector of Prometheus: the outbox's gauges by the names that OpenTelemetry's exporter gives them."""
+    """A collector of Prometheus: the outbox, its relays and the runs, by the names of OpenTelemetry's exporter."""
 
-    def __init__(self, snapshot: Snapshot | None) -> None:
+    def __init__(self, snapshot: Snapshot | None, runs: Tally) -> None:
         self._snapshot = snapshot
+        self._runs = runs
 
     def collect(self) -> Iterator[Any]:
-        """Yield the metrics; while the database is out, only that it is."""
+        """Yield the metrics; while the database is out, only that it is, and the runs."""
         up = GaugeMetricFamily("catga_outbox_up", "Whether the outbox's database could be asked.")
         up.add_metric([], float(self._snapshot is not None))
         yield up
-        if self._snapshot is None:
-            return
-        for kinds, family in ((telemetry.GAUGES, GaugeMetricFamily), (telemetry.COUNTERS, CounterMetricFamily)):
-            for gauge in kinds:
-                yield self._family(gauge, family)
+        if self._snapshot is not None:
+            for kinds, family in ((telemetry.GAUGES, GaugeMetricFamily), (telemetry.COUNTERS, CounterMetricFamily)):
+                for name, unit, description, values in kinds:
+                    samples = [(attributes, (value,)) for value, attributes in values(self._snapshot)]
+                    yield _family(family, name, unit, description, samples)
+            yield from _tallied(self._snapshot.tally)
+        yield from _tallied(self._runs)
 
-    def _family(self, gauge: Gauge, family: Any) -> Any:
-        name, unit, description, values = gauge
-        measured = list(values(self._snapshot)) if self._snapshot else []
-        labels = sorted({label for _, attributes in measured for label in attributes})
-        prometheus = name.replace(".", "_") + ("_seconds" if unit == "s" else "")
-        found = family(prometheus, description, labels=[label.replace(".", "_") for label in labels])
-        for value, attributes in measured:
-            found.add_metric([attributes[label] for label in labels], value)
-        return found
+
+def _tallied(tally: Tally) -> Iterator[Any]:
+    for measure in telemetry.MEASURES:
+        series = tally.of(measure)
+        if not series:
+            continue
+        kind, values = (HistogramMetricFamily, _histogram) if measure.bounds else (CounterMetricFamily, _count)
+        samples = [(labels, values(measure, numbers)) for labels, numbers in series]
+        yield _family(kind, measure.name, measure.unit, measure.description, samples)
+
+
+def _count(_measure: Measure, numbers: Mapping[str, float]) -> tuple[float]:
+    return (numbers[tallies.COUNT],)
+
+
+def _histogram(measure: Measure, numbers: Mapping[str, float]) -> tuple[list[tuple[str, float]], float]:
+    """Return the cumulative buckets and the sum; another release may have counted by other bounds."""
+    counts = {float(part): number for part, number in numbers.items() if part != tallies.SUM}
+    bounds = sorted({*map(float, measure.bounds), math.inf, *counts})
+    totals = accumulate(counts.get(bound, 0) for bound in bounds)
+    return list(zip(map(floatToGoString, bounds), totals, strict=True)), numbers[tallies.SUM]
+
+
+def _family(
+    kind: Any, name: str, unit: str, description: str, samples: Sequence[tuple[Mapping[str, str], tuple[Any, ...]]]
+) -> Any:
+    labels = sorted({label for attributes, _ in samples for label in attributes})
+    prometheus = name.replace(".", "_") + ("_seconds" if unit == "s" else "")
+    found = kind(prometheus, description, labels=[label.replace(".", "_") for label in labels])
+    for attributes, values in samples:
+        # An empty label is none.
+        found.add_metric([attributes.get(label, "") for label in labels], *values)
+    return found
 
 
 def extend_metrics() -> None:
-    """Add the outbox's metrics to what Flower's `/metrics` answers; a database that is slow doesn't hold Flower up."""
+    """Add ours to what Flower's `/metrics` answers; a database that is slow doesn't hold Flower up."""
     original = Metrics.get
     gauges: dict[int, Gauges] = {}
+    runs = _follow_runs()
 
     def read(app: Any) -> Snapshot | None:
         try:
@@ -110,10 +143,23 @@ def extend_metrics() -> None:
         except TimeoutError:
             snapshot = None
         registry = CollectorRegistry()
-        registry.register(Outbox(snapshot))
+        registry.register(Outbox(snapshot, runs))
         self.write(generate_latest(registry))
 
     Metrics.get = get
+
+
+def _follow_runs() -> Tally:
+    """Count the runs that workers tell of, from now on; in the loop's thread, like all that Flower does with events."""
+    runs = Tally()
+    original = EventsState.event
+
+    def event(self: Any, told: Any) -> None:
+        original(self, told)
+        runs.add(sightings.measured(told))
+
+    EventsState.event = event
+    return runs
 
 
 HANDLERS = [

@@ -69,16 +69,18 @@ def claim(
     queue: str | None = None,
     after: Place | None = None,
     suspects: bool = False,
+    timed: bool = False,
 ) -> tuple[list[Row], Place | None]:
     """Return due rows, the longest due first, and the place where they end; on PostgreSQL they are locked.
 
-    Rows for one broker, of one queue or of all. Suspects are claimed by themselves, with `suspects`. Rows that another
-    relay has locked are passed over. `after` bounds the search from below, so that the dead rows that a long
-    transaction holds up aren't walked through again; it is no cursor: a transaction that began earlier may still commit
-    below it, so a sweep without it must follow.
+    Rows for one broker, of one queue or of all; with `timed`, with the moments since when they could have run. Suspects
+    are claimed by themselves, with `suspects`. Rows that another relay has locked are passed over. `after` bounds the
+    search from below, so that the dead rows that a long transaction holds up aren't walked through again; it is no
+    cursor: a transaction that began earlier may still commit below it, so a sweep without it must follow.
     """
     postgresql = dialect(connection) == "postgresql"
-    statement = claim_statement(connection, queue=queue is not None, after=after is not None, suspects=suspects)
+    forms = {"queue": queue is not None, "after": after is not None, "suspects": suspects, "timed": timed}
+    statement = claim_statement(connection, **forms)
     parameters: dict[str, Any] = {"limit": limit, "broker": broker}
     if after is not None:
         parameters["after_at"], parameters["after_id"] = after
@@ -92,7 +94,7 @@ def claim(
 
 
 def claim_statement(
-    connection: Connection, *, queue: bool = False, after: bool = False, suspects: bool = False
+    connection: Connection, *, queue: bool = False, after: bool = False, suspects: bool = False, timed: bool = False
 ) -> sa.TextClause:
     """Return the claim. Each of its forms walks along one index; a test asserts their plans."""
     postgresql = dialect(connection) == "postgresql"
@@ -104,20 +106,10 @@ def claim_statement(
         conditions.append("queue = :queue")
     moment = "CAST(available_at AS text)" if postgresql else "available_at"
     return text(
-        f"SELECT id, {_NAMES}, {_state(connection)}, {moment} AS due_at "
+        f"SELECT id, {_NAMES}, {_state(connection, timed=timed)}, {moment} AS due_at "
         f"FROM catga_outbox WHERE {' AND '.join(conditions)} ORDER BY available_at, id LIMIT :limit"
         + (" FOR UPDATE SKIP LOCKED" if postgresql else "")
     )
-
-
-def claim_ids(connection: Connection, ids: Iterable[int]) -> list[Row]:
-    """Return those of these rows that still exist and that nobody else has locked."""
-    postgresql = dialect(connection) == "postgresql"
-    statement = text(
-        f"SELECT id, {_NAMES}, {_state(connection)} "
-        "FROM catga_outbox WHERE id IN :ids ORDER BY id" + (" FOR UPDATE SKIP LOCKED" if postgresql else "")
-    ).bindparams(sa.bindparam("ids", expanding=True))
-    return [_row(values, postgresql=postgresql) for values in connection.execute(statement, {"ids": list(ids)})]
 
 
 def count(connection: Connection, ids: Iterable[int]) -> int:
@@ -283,10 +275,10 @@ def _copier(connection: Connection) -> Any:
     return driver.cursor()
 
 
-def _state(connection: Connection) -> str:
+def _state(connection: Connection, *, timed: bool) -> str:
     """Return the columns that `_row` reads behind the stored ones: times only where somebody asks for them."""
     age, ready = seconds_since(connection, "created_at"), "NULL"
-    if telemetry.on():
+    if timed:
         ready = (
             f"CASE WHEN NOT scheduled THEN {epoch(connection, 'created_at')} "
             f"WHEN attempts = 0 THEN {epoch(connection, 'available_at')} END"

@@ -159,7 +159,8 @@ class OutboxAMQP(AMQP):
                     if backend is not None:
                         backend.catga_on_task_call(direct, message.properties["correlation_id"])
                     answer = send(direct, name, message, **options)
-                telemetry.sent(app.messaging_system(broker), [_destination(options)], time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                telemetry.record(telemetry.sending(app.messaging_system(broker), {_destination(options): 1}, seconds))
                 if creation:
                     creation.end(1, message.properties["correlation_id"])
                 return answer

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,10 +20,12 @@ from catga_tasks import retry, telemetry
 from catga_tasks.brokers.contract import Receipt
 from catga_tasks.claims import Claims
 from catga_tasks.errors import BrokerUnavailable, LeaseLost
+from catga_tasks.tallies import Tally
 from catga_tasks.wakeup import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from sqlalchemy import Engine
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from catga_tasks.config import Settings
     from catga_tasks.envelope import Envelope, Row
     from catga_tasks.telemetry import Snapshot
+    from catga_tasks.tracing import Publishing
 
 logger = logging.getLogger("catga_tasks.relay")
 
@@ -109,7 +113,8 @@ class Lane:
 
     `brokers` are the names of all that the relay has a lane for. `published` is called with the envelopes of each batch
     that the broker confirmed. `result_expires` is how long results are kept, in seconds; None keeps them. `system` is
-    what telemetry calls the broker.
+    what telemetry calls the broker. With `timed`, messages tell workers since when they could have run, as they do
+    where telemetry is on.
     """
 
     def __init__(
@@ -124,6 +129,7 @@ class Lane:
         published: Callable[[list[Envelope]], None] | None = None,
         result_expires: float | None = None,
         system: str = "",
+        timed: bool = False,
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.broker = broker
@@ -133,8 +139,16 @@ class Lane:
         self._settings = settings
         self._on_published = published
         self._system = system
+        self._timed = timed
+        self._tally = Tally()
         self._claims = Claims(
-            engine, settings, relay=self.id, broker=broker, queues=queues, result_expires=result_expires
+            engine,
+            settings,
+            relay=self.id,
+            broker=broker,
+            queues=queues,
+            result_expires=result_expires,
+            timed=self._is_timed,
         )
         self._listener = Listener(engine)
         self._fork_waits, self._fork_may, self._fork_over = threading.Event(), threading.Event(), threading.Event()
@@ -219,19 +233,9 @@ class Lane:
             self._recovered()
             return 0
         started = time.monotonic()
-        try:
-            receipt = self._publish(rows)
-        except Exception as problem:
-            # Nobody foresaw it, so a row may be to blame: each is tried alone, and one that fails alone is counted.
-            logger.exception("Relay %s: the publisher failed.", self.id)
-            if len(rows) > 1:
-                self._claims.doubt(rows)
-                return len(rows)
-            receipt = Receipt(rejected=[(rows[0], f"{type(problem).__name__}: {problem}")])
-        except BaseException:
-            self._claims.release()
-            self._claims.forget_journal()
-            raise
+        receipt = self._publish(rows)
+        if receipt is None:
+            return len(rows)
         dead = self._claims.settle(receipt.confirmed, receipt.rejected)
         self.published += len(receipt.confirmed)
         self._pause = POLL_SECONDS
@@ -244,6 +248,49 @@ class Lane:
             len(rows),
             1000 * (time.monotonic() - started),
         )
+        self._report(receipt)
+        if self._on_published and receipt.confirmed:
+            self._on_published([row.envelope for row in receipt.confirmed])
+        return len(rows)
+
+    def _publish(self, rows: Sequence[Row]) -> Receipt | None:
+        """Publish the rows, and count what became of them; None if nobody knows, and each is to be tried alone."""
+        spans = None
+        started = time.perf_counter()
+        try:
+            with self._traced(rows) as spans:
+                receipt = self._publisher.publish(
+                    [telemetry.stamped(row) for row in rows] if self._is_timed() else rows
+                )
+        except Exception as problem:
+            # Nobody foresaw it, so a row may be to blame: each is tried alone, and one that fails alone is counted.
+            logger.exception("Relay %s: the publisher failed.", self.id)
+            if len(rows) > 1:
+                self._claims.doubt(rows)
+                return None
+            receipt = Receipt(rejected=[(rows[0], f"{type(problem).__name__}: {problem}")])
+        except BaseException:
+            self._claims.release()
+            self._claims.forget_journal()
+            raise
+        measured = list(telemetry.publishing(self._system, receipt, time.perf_counter() - started))
+        self._tally.add(measured)
+        telemetry.record(measured, spans.done(receipt) if spans else None)
+        return receipt
+
+    def _traced(self, rows: Sequence[Row]) -> AbstractContextManager[Publishing | None]:
+        """Return the spans of this publish, if anybody listens."""
+        if not telemetry.on():
+            return nullcontext()
+        from catga_tasks import tracing
+
+        return tracing.Publishing(rows, self._system)
+
+    def _is_timed(self) -> bool:
+        return self._timed or telemetry.on()
+
+    def _report(self, receipt: Receipt) -> None:
+        """Say what went wrong, and remember whether the broker is out."""
         for row, error in receipt.rejected:
             logger.warning(
                 "Message %d (task %s, id %s) failed: %s",
@@ -259,23 +306,6 @@ class Lane:
             logger.warning("Relay %s: %s is out, %s. No attempts are used up.", self.id, name, why)
         else:
             self._recovered()
-        if self._on_published and receipt.confirmed:
-            self._on_published([row.envelope for row in receipt.confirmed])
-        return len(rows)
-
-    def _publish(self, rows: Sequence[Row]) -> Receipt:
-        if not telemetry.on():
-            return self._publisher.publish(rows)
-        from catga_tasks import tracing
-
-        publishing = tracing.Publishing(rows, self._system)
-        try:
-            receipt = self._publisher.publish(publishing.rows)
-        except BaseException as error:
-            publishing.fail(error)
-            raise
-        publishing.done(receipt)
-        return receipt
 
     def _recovered(self) -> None:
         self._failures = 0
@@ -310,13 +340,18 @@ class Lane:
     def _housekeep(self) -> None:
         now = time.monotonic()
         if now >= self._heartbeat_due:
-            self._claims.housekeep(hostname=socket.gethostname(), pid=os.getpid(), published=self.published)
+            self._beat()
             self._heartbeat_due = now + HEARTBEAT_SECONDS
             if not self.broker:
                 self._warn_of_strangers()
         if now >= self._report_due:
             logger.info("Relay %s: %d published in the last minute.", self.id, self.published - self._reported)
             self._report_due, self._reported = now + REPORT_SECONDS, self.published
+
+    def _beat(self) -> None:
+        self._claims.housekeep(
+            hostname=socket.gethostname(), pid=os.getpid(), published=self.published, tally=self._tally
+        )
 
     def _warn_of_strangers(self) -> None:
         strangers = [name for name in self._claims.brokers() if name not in self._brokers]
@@ -333,7 +368,7 @@ class Lane:
     def _end(self) -> None:
         self._publisher.close()
         try:
-            self._claims.housekeep(hostname=socket.gethostname(), pid=os.getpid(), published=self.published)
+            self._beat()
             self._claims.farewell()
         except SQLAlchemyError:
             logger.warning("Relay %s ends without a farewell: the database is out.", self.id)

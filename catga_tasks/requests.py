@@ -10,7 +10,7 @@ from celery.worker import state
 from celery.worker.request import Request as CeleryRequest
 from sqlalchemy.exc import SQLAlchemyError
 
-from catga_tasks import inbox, outcome, turns
+from catga_tasks import inbox, outcome, sightings, turns
 from catga_tasks.worker import VERDICT, key_of
 
 logger = logging.getLogger("catga_tasks.worker")
@@ -61,6 +61,16 @@ class Request(CeleryRequest):
         if not return_ok and self.acknowledged and not self._goes_on:
             self._dismiss()
         return answer
+
+    def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's signature
+        """Send Celery's event, with what Flower's metrics need if it ends a run and somebody hears it."""
+        if type in sightings.ENDS and self._is_heard() and (told := sightings.told(self, type, fields)):
+            fields[sightings.FIELD] = told
+        super().send_event(type, **fields)
+
+    def _is_heard(self) -> bool:
+        events = self._eventer
+        return bool(events and events.enabled and (not events.groups or "task" in events.groups))
 
     def reject(self, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - Celery's signature
         """Reject the message, and remember whether it comes again."""

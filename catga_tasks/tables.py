@@ -148,7 +148,7 @@ journal = sa.Table(
     sqlite_autoincrement=True,
 )
 
-#: The relays, by their heartbeats; the row "retired" sums up what former ones published.
+#: The relays, by their heartbeats; the row "retired" sums up what former ones published and counted (`tallies`).
 relays = sa.Table(
     "catga_relays",
     metadata,
@@ -160,6 +160,7 @@ relays = sa.Table(
     sa.Column("started_at", UTCDateTime, nullable=False),
     sa.Column("heartbeat_at", UTCDateTime, nullable=False),
     sa.Column("published", BigId, nullable=False),
+    sa.Column("tally", sa.Text),
 )
 
 #: Which relay may work, where the database has no row locks (SQLite).

@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from opentelemetry.context import Context
     from opentelemetry.trace import Tracer
 
-    from catga_tasks.envelope import Envelope
+    from catga_tasks.brokers.contract import Receipt
+    from catga_tasks.envelope import Envelope, Row
+    from catga_tasks.tallies import Tally
 
 NAME = "catga_tasks"
 #: The header in which a relay tells the worker since when the message could have run: seconds since 1970 by the
-#: database's clock. Only where telemetry is on; a plain Celery worker takes it for a header of the application's.
+#: database's clock. Only where somebody asks; a plain Celery worker takes it for a header of the application's.
 READY_AT = "catga_ready_at"
 #: The header with the number of the message's row in the outbox, of the same kind.
 MESSAGE_ID = "catga_message_id"
@@ -53,8 +55,12 @@ class QueueCounts:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The outbox at one moment. `oldest_age` is in seconds; `duplicates` were suppressed by the inbox, by task."""
+    """The outbox at one moment, and what relays have counted until then.
 
+    `oldest_age` is in seconds; `duplicates` were suppressed by the inbox, by task.
+    """
+
+    tally: Tally
     queues: Sequence[QueueCounts] = ()
     oldest_age: float = 0.0
     relays: int = 0
@@ -93,24 +99,40 @@ COUNTERS: tuple[Gauge, ...] = (
 _sources: list[Callable[[], Snapshot | None]] = []
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What is measured as it happens: a counter, or with `bounds` a histogram."""
+
+    name: str
+    unit: str
+    description: str
+    bounds: tuple[float, ...] = ()
+
+
+SENT = Measure("messaging.client.sent.messages", "{message}", "Messages that a relay tried to send.")
+CONSUMED = Measure("messaging.client.consumed.messages", "{message}", "Messages that a worker ran.")
+ATTEMPTS = Measure("catga.outbox.attempts", "{attempt}", "Attempts at a message that failed.")
+PUBLISH = Measure("messaging.client.operation.duration", "s", "Publishing a batch.", BOUNDS)
+PROCESS = Measure("messaging.process.duration", "s", "Running a task.", BOUNDS)
+LATENCY = Measure("catga.message.latency", "s", "From the commit, or the ETA, to the start.", WAIT_BOUNDS)
+MEASURES = (SENT, CONSUMED, ATTEMPTS, PUBLISH, PROCESS, LATENCY)
+
+#: A number of a measure, with its attributes.
+Measurement = tuple[Measure, dict[str, str], float]
+
+
 class Instruments:
     """The instruments of one meter provider."""
 
     def __init__(self, meter: Any) -> None:
-        def histogram(name: str, description: str, bounds: Sequence[float]) -> Any:
-            return meter.create_histogram(
-                name, unit="s", description=description, explicit_bucket_boundaries_advisory=bounds
-            )
-
-        def counter(name: str, unit: str, description: str) -> Any:
-            return meter.create_counter(name, unit=unit, description=description)
-
-        self.sent = counter("messaging.client.sent.messages", "{message}", "Messages that a relay tried to send.")
-        self.consumed = counter("messaging.client.consumed.messages", "{message}", "Messages that a worker ran.")
-        self.attempts = counter("catga.outbox.attempts", "{attempt}", "Attempts at a message that failed.")
-        self.operation = histogram("messaging.client.operation.duration", "Publishing a batch.", BOUNDS)
-        self.process = histogram("messaging.process.duration", "Running a task.", BOUNDS)
-        self.latency = histogram("catga.message.latency", "From the commit, or the ETA, to the start.", WAIT_BOUNDS)
+        self.record: dict[Measure, Callable[[float, dict[str, str], Any], None]] = {}
+        for each in MEASURES:
+            about = {"unit": each.unit, "description": each.description}
+            if each.bounds:
+                histogram = meter.create_histogram(each.name, explicit_bucket_boundaries_advisory=each.bounds, **about)
+                self.record[each] = histogram.record
+            else:
+                self.record[each] = meter.create_counter(each.name, **about).add
         for name, unit, description, values in GAUGES:
             meter.create_observable_gauge(name, [_observing(values)], unit=unit, description=description)
         for name, unit, description, values in COUNTERS:
@@ -186,49 +208,56 @@ def forget(source: Callable[[], Snapshot | None]) -> None:
     _sources.remove(source)
 
 
-def sent(system: str, queues: Iterable[str], seconds: float, *, error: str | None = None, context: Any = None) -> None:
-    """Count messages that were sent, or refused with `error`: the queue of each; and the seconds that it took."""
-    found = instruments()
-    if found is None:
-        return
-    labels = {SYSTEM: system, OPERATION: "send", **({ERROR_TYPE: error} if error else {})}
-    counts = Counter(queues)
-    for queue, count in counts.items():
-        found.sent.add(count, {**labels, DESTINATION: queue})
-    where = {DESTINATION: next(iter(counts))} if len(counts) == 1 else {}
-    found.operation.record(seconds, {**labels, **where, OPERATION_TYPE: "send"}, context)
-
-
-def failed(queues: Iterable[str]) -> None:
-    """Count attempts that failed: the queue of each."""
+def record(measurements: Iterable[Measurement], context: Context | None = None) -> None:
+    """Hand the measurements to the application's SDK, if it has one; exemplars lead to the span in `context`."""
     found = instruments()
     if found is not None:
-        for queue, count in Counter(queues).items():
-            found.attempts.add(count, {DESTINATION: queue})
+        for measure, attributes, value in measurements:
+            found.record[measure](value, attributes, context)
 
 
-def processed(
-    system: str,
-    queue: str,
-    task: str,
-    seconds: float,
-    *,
-    waited: float | None,
-    error: str | None,
-    context: Context | None = None,
-) -> None:
-    """Count a run of a task, its seconds, and those that the message had waited for it.
+def sending(
+    system: str, queues: Mapping[str, int], seconds: float, *, error: str | None = None
+) -> Iterator[Measurement]:
+    """Measure a publish that took so many seconds: how many messages for which queue were sent, or refused."""
+    labels = {SYSTEM: system, OPERATION: "send", **({ERROR_TYPE: error} if error else {})}
+    for queue, count in queues.items():
+        yield SENT, {**labels, DESTINATION: queue}, count
+    where = {DESTINATION: next(iter(queues))} if len(queues) == 1 else {}
+    yield PUBLISH, {**labels, **where, OPERATION_TYPE: "send"}, seconds
 
-    `context` holds its span: the measurements' exemplars lead there.
-    """
-    found = instruments()
-    if found is None:
-        return
+
+def publishing(system: str, receipt: Receipt, seconds: float) -> Iterator[Measurement]:
+    """Measure a batch that took so many seconds, by what became of its messages."""
+    if receipt.confirmed:
+        yield from sending(system, Counter([row.envelope.queue for row in receipt.confirmed]), seconds)
+    if receipt.rejected:
+        refused = Counter([row.envelope.queue for row, _ in receipt.rejected])
+        yield from sending(system, refused, seconds, error="rejected")
+        for queue, count in refused.items():
+            yield ATTEMPTS, {DESTINATION: queue}, count
+    if receipt.outage is not None:
+        yield from sending(system, {}, seconds, error="outage")
+
+
+def running(
+    system: str, queue: str, task: str, seconds: float, *, waited: float | None, error: str | None
+) -> Iterator[Measurement]:
+    """Measure a run of a task: its seconds, and those that the message had waited for it."""
     labels = {SYSTEM: system, DESTINATION: queue, OPERATION: "process", TASK: task}
-    found.consumed.add(1, labels)
-    found.process.record(seconds, {**labels, **({ERROR_TYPE: error} if error else {})}, context)
+    yield CONSUMED, labels, 1
+    yield PROCESS, {**labels, **({ERROR_TYPE: error} if error else {})}, seconds
     if waited is not None:
-        found.latency.record(waited, {DESTINATION: queue, TASK: task}, context)
+        yield LATENCY, {DESTINATION: queue, TASK: task}, waited
+
+
+def stamped(row: Row) -> Row:
+    """Return the row with what the worker is told of its time in the outbox, beside its other headers."""
+    headers = row.envelope.headers
+    if row.ready_at is None or not (headers.startswith("{") and headers.endswith("}") and len(headers) > len("{}")):
+        return row
+    told = f', "{READY_AT}": {row.ready_at!r}, "{MESSAGE_ID}": {row.id}}}'
+    return row._replace(envelope=row.envelope._replace(headers=headers[:-1] + told))
 
 
 def stored(envelopes: Sequence[Envelope]) -> None:

@@ -108,37 +108,30 @@ def create(
 
 
 class Publishing:
-    """One batch on its way: its spans, with a link to the creation of each row, and its rows for the broker."""
+    """The spans of one batch on its way, with a link to the creation of each row."""
 
     def __init__(self, rows: Sequence[Row], system: str) -> None:
-        self.rows = [stamped(row) for row in rows]
-        self._system = system
         self._spans = _publishing_spans(rows, system)
-        self._started = time.perf_counter()
 
-    def done(self, receipt: Receipt) -> None:
-        """Tell what became of the batch."""
-        seconds = time.perf_counter() - self._started
-        # Exemplars lead to the span.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            # Nobody foresaw it.
+            self._end(type(error).__name__)
+
+    def done(self, receipt: Receipt) -> Any:
+        """Tell what became of the batch; return the context that the exemplars of its measurements lead to."""
         where = trace.set_span_in_context(self._spans[0]) if self._spans else None
-        if receipt.confirmed:
-            telemetry.sent(self._system, [_queue(row) for row in receipt.confirmed], seconds, context=where)
-        if receipt.rejected:
-            queues = [_queue(row) for row, _ in receipt.rejected]
-            telemetry.sent(self._system, queues, seconds, error="rejected", context=where)
-            telemetry.failed(queues)
-        if receipt.outage is not None:
-            telemetry.sent(self._system, [], seconds, error="outage", context=where)
-        error = "outage" if receipt.outage is not None else "rejected" if receipt.rejected else None
-        for span in self._spans:
+        self._end("outage" if receipt.outage is not None else "rejected" if receipt.rejected else None)
+        return where
+
+    def _end(self, error: str | None) -> None:
+        spans, self._spans = self._spans, []
+        for span in spans:
             if error:
                 _blame(span, error)
-            span.end()
-
-    def fail(self, error: BaseException) -> None:
-        """End with an error that nobody foresaw."""
-        for span in self._spans:
-            _blame(span, type(error).__name__)
             span.end()
 
 
@@ -164,15 +157,6 @@ def _publishing_spans(rows: Sequence[Row], system: str) -> list[Span]:
         name = f"send {next(iter(queues))}" if queue else "send"
         spans.append(tracer.start_span(name, parent, trace.SpanKind.CLIENT, about, [link for link, _ in some]))
     return spans
-
-
-def stamped(row: Row) -> Row:
-    """Return the row with what the worker is told of its time in the outbox, beside its other headers."""
-    headers = row.envelope.headers
-    if row.ready_at is None or not (headers.startswith("{") and headers.endswith("}") and len(headers) > len("{}")):
-        return row
-    told = f', "{telemetry.READY_AT}": {row.ready_at!r}, "{telemetry.MESSAGE_ID}": {row.id}}}'
-    return row._replace(envelope=row.envelope._replace(headers=headers[:-1] + told))
 
 
 class Run:
@@ -204,9 +188,8 @@ class Run:
         where = context.get_current()
         if self._span is None:
             self._tell()
-        telemetry.processed(
-            self._system, self._queue, self._task, seconds, waited=self._waited, error=error, context=where
-        )
+        measured = telemetry.running(self._system, self._queue, self._task, seconds, waited=self._waited, error=error)
+        telemetry.record(measured, where)
         if self._span is not None:
             if error:
                 _blame(self._span, error)

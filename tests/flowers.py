@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from tests.processes import ROOT
 from tests.waiting import wait_until
 from workers.servers import free_port
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.processes import Process, Processes
 
 APP = """
@@ -85,3 +89,13 @@ def start_flower(
     wait_until(lambda: "Visit me" in process.log() or not process.alive(), deadline=60, what="Flower")
     assert process.alive(), process.log()
     return Flower(process, f"http://127.0.0.1:{port}", user)
+
+
+def oldest_flower(folder: Path) -> dict[str, str]:
+    """The environment in which Flower 2.1 is what is imported."""
+    old = Path(sys.prefix) / "flower-2.1"
+    if not old.exists():
+        pytest.fail("make test installs it") if os.environ.get("CI") else pytest.skip(
+            "Flower 2.1 is missing: make test"
+        )
+    return {"PYTHONPATH": os.pathsep.join(map(str, (old, folder, ROOT)))}

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from catga_tasks import Catga, ConfigurationError, admin, claims, current_session, migrate, tables
 from catga_tasks.selection import Selection
+from catga_tasks.tallies import Tally
 from tests.conftest import fresh_database
 from tests.waiting import wait_until
 
@@ -323,7 +324,8 @@ def test_keys_end_at_the_latest_after_a_day(app, engine):
         86400, abs=1
     )
     housekeeper = claims.Claims(engine, app.catga_settings, relay="r")
-    wait_until(lambda: housekeeper.housekeep(hostname="h", pid=1, published=0) or len(kept(app)[0]) == 1)
+    beat = {"hostname": "h", "pid": 1, "published": 0, "tally": Tally()}
+    wait_until(lambda: housekeeper.housekeep(**beat) or len(kept(app)[0]) == 1)
     housekeeper.release()
 
 

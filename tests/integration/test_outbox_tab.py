@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from catga_tasks import Catga, migrate
 from catga_tasks.tables import MESSAGE_COLUMNS
-from tests.flowers import start_flower
-from tests.processes import ROOT, Processes
+from tests.flowers import oldest_flower, start_flower
+from tests.processes import Processes
 from tests.waiting import wait_until
 from workers.servers import PostgresServer
 
@@ -388,13 +385,8 @@ def test_25_a_database_that_is_down(processes, tmp_path):
 
 def test_the_oldest_flower(letter, processes, tmp_path, nats_server):
     """The same on Flower 2.1, which has no cross-site checks of its own: the tab, a change, a refusal, NATS' queues."""
-    old = Path(sys.prefix) / "flower-2.1"
-    if not old.exists():
-        pytest.fail("make test installs it") if os.environ.get("CI") else pytest.skip(
-            "Flower 2.1 is missing: make test"
-        )
-    path = os.pathsep.join(map(str, (old, tmp_path, ROOT)))
-    flower = start_flower(processes, tmp_path, nats_server, letter.url, "--url_prefix=old", user=USER, PYTHONPATH=path)
+    old = oldest_flower(tmp_path)
+    flower = start_flower(processes, tmp_path, nats_server, letter.url, "--url_prefix=old", user=USER, **old)
     flower.url += "/old"
     assert "Outbox</a>" in flower.get("/outbox").text
     assert "4711" in flower.get(f"/outbox/message/{ids(flower.get('/outbox/api/messages'))[0]}").text
