@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, text
 
 from catga_tasks.errors import MigrationRequired
 
@@ -66,7 +66,10 @@ def check(connection: Connection) -> None:
 
 def revision(connection: Connection) -> str | None:
     """Return the revision that the database is at, or None."""
-    return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    found: str | None = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
+    return found
 
 
 def _refuse_newer(found: str | None) -> None:
