@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import sys
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from catga_tasks.selection import Selection, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import TracebackType
 
     from sqlalchemy import Connection
 
@@ -151,3 +153,16 @@ def console_for_people() -> Console:
     """Return a console whose piped output isn't wrapped at 80 columns."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say what ends one of Celery's own commands (`purge`, `call`, `report`) in one line, if it is an error of ours."""
+    ours = next((each for each in (error, error.__cause__) if isinstance(each, CatgaError)), None)
+    if ours is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        click.echo(f"Error: {in_one_line(ours)}", err=True)
+
+
+# Who imports this is the command `celery`, to which the package's entry point adds its group.
+sys.excepthook = _excepthook

@@ -242,6 +242,7 @@ class Connection:
             self._grace = None
         logger.warning("The connection to NATS is back.")
         await self.settling.send_again()
+        await self.publishing.send_again()
         for pull in self.pulls:
             pull.reset()
 
@@ -282,9 +283,14 @@ class Connection:
         for step in self.settings.priority_steps:
             subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.step-{step}"
             # An inbox of its own: a message keeps its stream's subject, by which nats-py's shared inbox can't tell it.
-            msg = await self.nats.request(
-                subject, b'{"batch": 1, "no_wait": true}', timeout=self.settings.publish_timeout, old_style=True
-            )
+            try:
+                msg = await self.nats.request(
+                    subject, b'{"batch": 1, "no_wait": true}', timeout=self.settings.publish_timeout, old_style=True
+                )
+            except errors.NoRespondersError:
+                if await self.streams.exists(queue):
+                    raise
+                return None
             if msg.reply:
                 self.settling.hold(msg.reply)
                 return msg

@@ -140,9 +140,14 @@ class NatsSettings:
                 given[name] = tuple(given[name])
         return cls(**given)
 
-    def step(self, priority: int | None) -> int:
-        """Return the step that a priority belongs to: the greatest one that isn't above it."""
-        return self.priority_steps[max(0, bisect_right(self.priority_steps, priority or 0) - 1)]
+    def step(self, priority: Any) -> int:
+        """Return the step that a priority belongs to: the greatest one that isn't above it. What is no number is 0."""
+        if type(priority) is not int:
+            try:
+                priority = int(priority or 0)
+            except (TypeError, ValueError):
+                priority = 0
+        return self.priority_steps[max(0, bisect_right(self.priority_steps, priority) - 1)]
 
     def stream(self, queue: str) -> str:
         """Return the name of a queue's stream; raise `ConfigurationError` if it gets too long."""

@@ -6,6 +6,7 @@ Messages leave one after another without waiting in between, and each has its ow
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from kombu.exceptions import ChannelError
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     from catga_tasks.brokers.jetstream import Connection
 
 
+#: A message: its queue, its priority's step, its body, its id.
+Entry = tuple[str, int, bytes, str]
+
+
 class Publishing:
     """The messages that one connection publishes. Coroutines are for the loop thread."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._awaited: dict[int, tuple[_Batch, int]] = {}
+        self._awaited: dict[int, tuple[_Batch, int, Entry]] = {}
         self._tokens = 0
         self._inbox = ""
 
@@ -38,8 +43,8 @@ class Publishing:
         subscription = await nats.subscribe(f"{self._inbox}.*", cb=self._answered)
         nats.direct[subscription._id] = self._confirmed
 
-    async def publish(self, entries: Sequence[tuple[str, int, bytes, str]]) -> list[Exception | None]:
-        """Publish (queue, step, body, id) each and wait for all confirmations; return each one's error or None.
+    async def publish(self, entries: Sequence[Entry]) -> list[Exception | None]:
+        """Publish the messages and wait for all confirmations; return each one's error or None.
 
         What finds its stream gone, as after a delete elsewhere, is published again to a new one; while a cluster elects
         the stream's leader, until there is one.
@@ -66,7 +71,7 @@ class Publishing:
                 found[number] = error
         return found
 
-    async def _publish(self, entries: Sequence[tuple[str, int, bytes, str]], deadline: float) -> list[Exception | None]:
+    async def _publish(self, entries: Sequence[Entry], deadline: float) -> list[Exception | None]:
         batch = _Batch(len(entries), self._connection.loop)
         late = self._connection.loop.call_at(deadline, batch.end)
         tokens: list[int] = []
@@ -74,9 +79,11 @@ class Publishing:
             for number, entry in enumerate(entries):
                 self._tokens += 1
                 tokens.append(self._tokens)
-                self._awaited[self._tokens] = (batch, number)
+                self._awaited[self._tokens] = (batch, number, entry)
                 try:
-                    await self._send(*entry, reply=f"{self._inbox}.{self._tokens}")
+                    if entry[0] not in self._connection.streams.known:
+                        await self._connection.streams.ensure(entry[0])
+                    await self._send(entry, tokens[-1])
                 except (errors.Error, CatgaError, ChannelError) as error:
                     batch.answer(number, translated(error))
             await batch.complete
@@ -86,12 +93,16 @@ class Publishing:
                 self._awaited.pop(token, None)
         return batch.outcomes
 
-    async def _send(self, queue: str, step: int, body: bytes, identity: str, *, reply: str) -> None:
-        connection = self._connection
-        if queue not in connection.streams.known:
-            await connection.streams.ensure(queue)
-        subject = connection.settings.subject(queue, step)
-        await connection.nats.publish(subject, body, reply=reply, headers={"Nats-Msg-Id": identity})
+    async def _send(self, entry: Entry, token: int) -> None:
+        queue, step, body, identity = entry
+        subject, reply = self._connection.settings.subject(queue, step), f"{self._inbox}.{token}"
+        await self._connection.nats.publish(subject, body, reply=reply, headers={"Nats-Msg-Id": identity})
+
+    async def send_again(self) -> None:
+        """Send what isn't confirmed: the connection was lost, and is back. What is stored already isn't once more."""
+        for token, (_, _, entry) in list(self._awaited.items()):
+            with contextlib.suppress(errors.Error):
+                await self._send(entry, token)
 
     async def _answered(self, msg: Msg) -> None:
         """Take an answer with headers: nobody stores what has this subject."""
@@ -102,8 +113,9 @@ class Publishing:
         self._note(subject.decode(), refusal(data))
 
     def _note(self, subject: str, error: Exception | None) -> None:
-        batch, number = self._awaited.pop(int(subject[len(self._inbox) + 1 :]), (None, 0))
-        if batch is not None:
+        awaited = self._awaited.pop(int(subject[len(self._inbox) + 1 :]), None)
+        if awaited is not None:
+            batch, number, _ = awaited
             batch.answer(number, error)
 
 

@@ -126,6 +126,7 @@ def test_31_a_missing_queue_is_not_found(broker):
         with pytest.raises(ChannelError, match=r"404.*NOT_FOUND") as missing:
             connection.default_channel.queue_declare("nowhere", passive=True)
         assert isinstance(missing.value, connection.channel_errors)
+        assert connection.default_channel.basic_get("nowhere") is None
         publish(connection, ["x"])
         wait_until(lambda: connection.default_channel.queue_declare("q", passive=True).message_count == 1)
 

@@ -124,13 +124,15 @@ def test_40_no_permission_is_said_at_once(own_nats, options, processes, tmp_path
 
 @pytest.mark.parametrize("url", ["nat://127.0.0.1", "nats://shop:geheim@127.0.0.1:port"])
 def test_25_a_url_that_is_none(processes, tmp_path, url):
-    """A worker ends with one line, and without the password in it (scenarios 25 and 26)."""
+    """A worker and Celery's own commands end with one line, and without the password in it (scenarios 25 and 26)."""
     (tmp_path / "shop.py").write_text(APP)
-    worker = processes.celery("shop", "worker", "-P", "solo", env={"BROKER": url}, cwd=tmp_path)
-    assert worker.wait_exit() != 0
-    assert "Error: broker_url" in worker.log()
-    assert "Traceback" not in worker.log()
-    assert "geheim" not in worker.log()
+    commands = [("worker", "-P", "solo"), ("purge", "-f")]
+    started = [processes.celery("shop", *command, env={"BROKER": url}, cwd=tmp_path) for command in commands]
+    for command in started:
+        assert command.wait_exit() == 1
+        assert "Error: broker_url" in command.log()
+        assert "Traceback" not in command.log()
+        assert "geheim" not in command.log()
 
 
 def test_40_a_stream_of_somebody_else(connect, options):
@@ -167,6 +169,37 @@ def test_10_a_queue_that_comes_later_is_found(connect):
         Queue("q")(other.default_channel).declare()
         connection.Producer().publish("x", routing_key="q")
         assert other.default_channel.basic_get("q").payload == "x"
+
+
+def test_25_26_a_publisher_one_by_one_notices_no_restart(own_nats, options):
+    """What was on its way when the server was killed is sent again when it is back, and stored once."""
+    server, stop, published = own_nats(), threading.Event(), []
+
+    def run():
+        with Connection(server.url, transport_options={**options, "publish_timeout": 30.0}) as connection:
+            publish(connection, [])
+            while not stop.is_set():
+                connection.Producer().publish(len(published), routing_key="q", serializer="json")
+                published.append(len(published))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for end in (server.kill, server.restart, server.kill):
+            before = len(published)
+            wait_until(lambda: len(published) > before + 50)  # noqa: B023 - at once
+            end()
+            if end == server.kill:
+                server.start()
+        before = len(published)
+        wait_until(lambda: len(published) > before + 50, deadline=10, what="the next ones, well before the time-out")
+    finally:
+        stop.set()
+        thread.join(40)
+    with Connection(server.url, transport_options=options) as connection:
+        bodies = [message.payload for message in held(connection, len(published))]
+        assert bodies == published
+        wait_until(lambda: size(connection) == 0)
 
 
 def test_40_an_option_that_cant_change(connect):

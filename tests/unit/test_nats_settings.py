@@ -74,6 +74,15 @@ def test_right_options():
 
 
 @pytest.mark.parametrize(
+    ("priority", "step"),
+    [(0, 0), (2, 0), (3, 3), (5, 3), (9, 9), (255, 9), (-1, 0), (None, 0), ("6", 6), (6.5, 6), ("high", 0), ([], 0)],
+)
+def test_a_priority_has_a_place(priority, step):
+    """Also one out of range, or that is none, as with kombu's own transports."""
+    assert NatsSettings().step(priority) == step
+
+
+@pytest.mark.parametrize(
     ("url", "servers", "credentials"),
     [
         ("nats://", ["nats://localhost"], {}),
