@@ -1,4 +1,4 @@
-"""A line of ours says which message it speaks of: as fields for a JSON formatter, and in its words for people."""
+"""A line of ours says which message it speaks of: as fields for structured logs, and in its words for people."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+import structlog
 from celery.contrib.testing.worker import start_worker
 from pythonjsonlogger.json import JsonFormatter
 from sqlalchemy import text
@@ -18,16 +19,31 @@ from tests.waiting import wait_until
 
 @pytest.fixture
 def lines():
-    """What an application with structured logs and one without get to see of us."""
-    structured, plain = io.StringIO(), io.StringIO()
-    handlers = [logging.StreamHandler(structured), logging.StreamHandler(plain)]
+    """What applications with structured logs, by python-json-logger and by structlog, and one without see of us."""
+    outputs = io.StringIO(), io.StringIO(), io.StringIO()
+    handlers = [logging.StreamHandler(output) for output in outputs]
     handlers[0].setFormatter(JsonFormatter("%(levelname)s %(message)s"))
+    handlers[1].setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.EventRenamer("message"),
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
     logger = logging.getLogger("catga_tasks")
     for handler in handlers:
         logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO)  # workers of other tests raise the root's
-    yield lambda: ([json.loads(line) for line in structured.getvalue().splitlines()], plain.getvalue())
+
+    def read():
+        *structured, plain = (output.getvalue() for output in outputs)
+        return [[json.loads(line) for line in text.splitlines()] for text in structured], plain
+
+    yield read
     for handler in handlers:
         logger.removeHandler(handler)
     logger.setLevel(level)
@@ -48,11 +64,12 @@ def test_a_message_that_failed(app, engine, lines):
         connection.execute(text("UPDATE catga_outbox SET properties = '[]'"))
         number = connection.execute(text("SELECT id FROM catga_outbox")).scalar_one()
     app.relay().run_once()
-    structured, plain = lines()
+    libraries, plain = lines()
     trace_id = f"{span.get_span_context().trace_id:032x}"
-    [line] = [line for line in structured if "failed" in line["message"]]
     wanted = {"task_id": result.id, "task_name": "charge", "message_id": number, "trace_id": trace_id}
-    assert wanted.items() <= line.items()
+    for structured in libraries:
+        [line] = [line for line in structured if "failed" in line["message"]]
+        assert wanted.items() <= line.items()
     assert f"id {result.id}) failed" in plain
     assert f"[trace_id={trace_id}]" in plain
 
@@ -71,12 +88,13 @@ def test_a_line_from_within_a_task(app, engine, lines):
         with start_worker(app, perform_ping_check=False, pool="solo", loglevel="INFO"):
             wait_until(lambda: seen.spans("process"))
         process = seen.span("process")
-    structured, plain = lines()
-    told = [line for line in structured if line.get("task_name") == "tells"]
-    assert len(told) == 2
+    libraries, plain = lines()
     trace_id = f"{process.context.trace_id:032x}"
     number = process.attributes["catga.outbox.message_id"]
-    for line in told:
-        assert {"task_id": result.id, "message_id": number, "trace_id": trace_id}.items() <= line.items()
+    for structured in libraries:
+        told = [line for line in structured if line.get("task_name") == "tells"]
+        assert len(told) == 2
+        for line in told:
+            assert {"task_id": result.id, "message_id": number, "trace_id": trace_id}.items() <= line.items()
     assert f"100 %: done [task_id={result.id}, " in plain
     assert f"50 % [task_id={result.id}, message_id={number}, trace_id={trace_id}]" in plain
