@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from catga_tasks import telemetry
 from catga_tasks.envelope import STORED, Envelope, Row
 from catga_tasks.tables import MESSAGE_COLUMNS, NEVER, UTCDateTime, dialect, epoch, later, now, seconds_since
 
@@ -58,7 +57,6 @@ def add(connection: Connection, envelopes: Sequence[Envelope]) -> None:
         rest = [envelope for envelope in envelopes if _scheduled(envelope) or envelope.waits]
     if rest:
         connection.execute(_ADD[dialect(connection)], [_parameters(envelope) for envelope in rest])
-    telemetry.stored(envelopes)
 
 
 def claim(

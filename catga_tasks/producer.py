@@ -162,7 +162,7 @@ class OutboxAMQP(AMQP):
                 seconds = time.perf_counter() - started
                 telemetry.record(telemetry.sending(app.messaging_system(broker), {_destination(options): 1}, seconds))
                 if creation:
-                    creation.end(1, message.properties["correlation_id"])
+                    creation.end([message.properties["correlation_id"]])
                 return answer
 
         return send_task_message

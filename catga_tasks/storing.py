@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from catga_tasks import holds, outbox
+from catga_tasks import holds, outbox, telemetry
 from catga_tasks.envelope import Envelope
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ def store(connection: Connection, entries: Sequence[Entry]) -> None:
     """Write the messages, without those whose unique key is another's, and what goes with them."""
     envelopes = [entry for entry in entries if isinstance(entry, Envelope)]
     if envelopes:
-        outbox.add(connection, holds.line_up(connection, holds.admit(connection, envelopes)))
+        admitted = holds.admit(connection, envelopes)
+        outbox.add(connection, holds.line_up(connection, admitted))
+        telemetry.stored(envelopes, admitted)
     if len(envelopes) < len(entries):
         for entry in entries:
             if not isinstance(entry, Envelope):

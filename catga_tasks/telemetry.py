@@ -260,14 +260,17 @@ def stamped(row: Row) -> Row:
     return row._replace(envelope=row.envelope._replace(headers=headers[:-1] + told))
 
 
-def stored(envelopes: Sequence[Envelope]) -> None:
-    """End the creations of messages that were inserted."""
-    counts: dict[Any, int] = {}
-    for envelope in envelopes:
+def stored(envelopes: Sequence[Envelope], admitted: Sequence[Envelope]) -> None:
+    """End the creations of messages: those that were inserted, and others, whose unique key another message has."""
+    sent: dict[Any, list[str]] = {envelope.creation: [] for envelope in envelopes if envelope.creation is not None}
+    if not sent:
+        return
+    for envelope in admitted:
         if envelope.creation is not None:
-            counts[envelope.creation] = counts.get(envelope.creation, 0) + 1
-    for creation, count in counts.items():
-        creation.end(count, envelopes[0].task_id)
+            sent[envelope.creation].append(envelope.task_id)
+    every = Counter(envelope.creation for envelope in envelopes)
+    for creation, ids in sent.items():
+        creation.end(ids, refused=every[creation] - len(ids))
 
 
 def trace_id(headers: str | None = None) -> str | None:

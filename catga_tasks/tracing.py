@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MESSAGE, COUNT, ROW, WAIT = (
     "messaging.message.id", "messaging.batch.message_count", "catga.outbox.message_id", "catga.wait",
 )  # fmt: skip
+#: How many messages of a creation weren't sent, because another one has their unique key.
+REFUSED = "catga.unique.refused"
 CARRIED = ("traceparent", "tracestate")
 #: Links that an SDK keeps of a span unless it is told otherwise; a larger batch has several spans.
 MOST_LINKS = 128
@@ -64,12 +66,15 @@ class Creation:
         """Return whether more messages of this transaction may be of this creation."""
         return self.open and target is not None and self.target is not None and self.target() is target
 
-    def end(self, count: int, message: str) -> None:
-        """End the span: so many messages were created, of which one's id is `message`."""
+    def end(self, messages: Sequence[str], *, refused: int = 0) -> None:
+        """End the span: these messages were created, and so many were not, because another has their unique key."""
         if self.open:
             self.open = False
             if self.span.is_recording():
-                self.span.set_attribute(*((MESSAGE, message) if count == 1 else (COUNT, count)))
+                one = len(messages) == 1
+                self.span.set_attribute(*((MESSAGE, messages[0]) if one else (COUNT, len(messages))))
+                if refused:
+                    self.span.set_attribute(REFUSED, refused)
             self.span.end()
 
     def fail(self, error: BaseException) -> None:

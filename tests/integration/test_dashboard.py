@@ -131,16 +131,22 @@ def total(found, name, **labels):
     return sum(value for (each, *those), value in found.items() if each == name and wanted <= set(those))
 
 
+def receipt(order):
+    """A task that asks the inbox, as its caller knows it."""
+
+
 RELAYS = ("messaging_client_sent_", "messaging_client_operation_", "catga_outbox_attempts_")
 RUNS = ("messaging_client_consumed_", "messaging_process_", "catga_message_latency_")
 
 
 def test_flower_counts_what_opentelemetry_counts(processes, tmp_path, redis_url, postgres_url):
-    """Flower, 2.1 too, has what relays counted until they ended, number by number, and what a real worker runs."""
+    """Flower, 2.1 too, has what relays counted until they ended, number by number, and what a real worker runs.
+
+    Latency needs a moment: relays tell it where the application sends events, and the caller for tasks with an inbox.
+    """
     engine = create_engine(postgres_url)
     migrate.upgrade(engine)
     app = Catga("shop", broker=redis_url, outbox=engine, set_as_current=False)
-    # Relays tell the moment by which latency is measured, with an SDK or without.
     app.conf.worker_send_task_events = True
     folders = [tmp_path / "new", tmp_path / "old"]
     for folder in folders:
@@ -179,21 +185,24 @@ def test_flower_counts_what_opentelemetry_counts(processes, tmp_path, redis_url,
     execute("DELETE FROM catga_outbox")
     app.send_task("shop.charge", (2,))
     app.relay().run_once()
-    run = {"messaging_system": "redis", "messaging_operation_name": "process"}
-    task = {"messaging_destination_name": "celery", "catga_task_name": "shop.charge"}
+    app.conf.worker_send_task_events = False
+    app.send_task("shop.charge", (3,))
+    app.task(name="shop.receipt", shared=False, delivery="effectively_once")(receipt).delay(3)
+    app.relay().run_once()
+    run = {"messaging_system": "redis", "messaging_operation_name": "process", "messaging_destination_name": "celery"}
+    charge = {"catga_task_name": "shop.charge"}
     for flower in flowers:
-        found = wait_until(
-            lambda flower=flower: (
-                total(runs := measured(flower.get("/metrics").text, *RUNS), "messaging_client_consumed_messages_total")
-                == 3
-                and runs
-            ),
-            what="the runs",
-        )
-        assert total(found, "messaging_client_consumed_messages_total", **run, **task) == 3
-        assert total(found, "messaging_process_duration_seconds_count", **run, **task) == 3
+
+        def runs(flower=flower):
+            found = measured(flower.get("/metrics").text, *RUNS)
+            return total(found, "messaging_client_consumed_messages_total") == 5 and found
+
+        found = wait_until(runs, what="the runs")
+        assert total(found, "messaging_client_consumed_messages_total", **run, **charge) == 4
+        assert total(found, "messaging_process_duration_seconds_count", **run, **charge) == 4
         assert total(found, "messaging_process_duration_seconds_count", error_type="TypeError") == 1
-        assert total(found, "catga_message_latency_seconds_bucket", le="inf", **task) == 3
+        assert total(found, "catga_message_latency_seconds_bucket", le="inf", **charge) == 3
+        assert total(found, "catga_message_latency_seconds_count", catga_task_name="shop.receipt") == 1
         assert 0 < total(found, "catga_message_latency_seconds_sum") < 180
         exported = names(flower.get("/metrics").text)
         assert queried() <= exported, queried() - exported

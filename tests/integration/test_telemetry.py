@@ -149,6 +149,29 @@ def test_a_rollback_leaves_no_creation(shop, seen):
     assert len(seen.spans("create")) == 1
 
 
+def test_a_call_that_is_refused_is_in_the_trace(shop, seen):
+    """A creation says how many were not sent for their unique key; each one that was has its own message's id."""
+
+    @shop.app.task(name="close", shared=False, unique=True)
+    def close(day):
+        pass
+
+    with Session(shop.engine) as session, session.begin(), shop.app.outbox.join(session):
+        sent = [close.delay(1).id, shop.charge.delay(1).id]
+        for _ in range(2):
+            close.delay(1)
+    close.delay(1)
+    found = [
+        tuple(span.attributes.get(name) for name in (
+            "catga.task.name", "messaging.message.id", "messaging.batch.message_count", "catga.unique.refused"
+        ))
+        for span in seen.spans("create")
+    ]  # fmt: skip
+    assert sorted(found, key=str) == sorted([
+        ("close", sent[0], None, None), ("charge", sent[1], None, None), ("close", None, 0, 2), ("close", None, 0, 1),
+    ], key=str)  # fmt: skip
+
+
 def test_without_an_sdk_nothing_changes(shop):
     """No header of ours is in the row until the application configures OpenTelemetry."""
     shop.charge.delay(1)
