@@ -59,12 +59,15 @@ def killed_inside():
     if once("inside"):
         os.kill(os.getpid(), signal.SIGKILL)
 
+def die_once(session):
+    if once("after"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
 @app.task(name="killed_after")
 def killed_after():
     effect("killed_after")
     note.delay("sent by killed_after")
-    if once("after"):
-        sa.event.listen(current_session(), "after_commit", lambda session: os.kill(os.getpid(), signal.SIGKILL))
+    sa.event.listen(current_session(), "after_commit", die_once)
     return "value"
 
 @app.task(name="hard", time_limit=1, base=Watched)
