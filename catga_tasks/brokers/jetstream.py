@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from catga_tasks.brokers.pulling import Pull
 
 logger = logging.getLogger("catga_tasks.nats")
+
+#: The first release of nats-server that knows all that streams are made with.
+OLDEST = (2, 10)
 
 
 class Client(NatsClient):
@@ -176,10 +180,19 @@ class Connection:
         if first_error.done():
             first_error.result()
         await connecting
+        self._check_version()
         self.js = self.nats.jetstream(timeout=self.settings.publish_timeout)
         await self.settling.start()
         await self.publishing.start()
         self.background(self._beat())
+
+    def _check_version(self) -> None:
+        """Refuse a server that would ignore what it doesn't know of a stream's settings."""
+        version = str(self.nats._server_info.get("version"))
+        found = re.match(r"(\d+)\.(\d+)", version)
+        if found and (int(found[1]), int(found[2])) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise ConfigurationError(f"The NATS server's version is {version}: nats:// needs {oldest} or newer.")
 
     def _options(self) -> dict[str, Any]:
         settings = self.settings

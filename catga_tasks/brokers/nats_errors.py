@@ -70,12 +70,16 @@ def translated(error: BaseException) -> Exception:
     elif mistake:
         found = ConfigurationError(mistake)
     elif isinstance(error, js_errors.APIError):
-        passing = error.err_code in _EXHAUSTED or isinstance(error, js_errors.ServiceUnavailableError)
-        kind: type[Exception] = Unreachable if passing else ChannelError
+        kind: type[Exception] = Unreachable if passing(error) else ChannelError
         found = kind(f"NATS: {error.description}")
     else:
         found = Unreachable(f"NATS can't be reached: {words}")
     return found
+
+
+def passing(error: js_errors.APIError) -> bool:
+    """Return whether the server may take the same request later: it has no leader or no room now."""
+    return error.err_code in _EXHAUSTED or isinstance(error, js_errors.ServiceUnavailableError)
 
 
 def _mistake(error: BaseException) -> str | None:

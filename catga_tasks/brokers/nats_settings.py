@@ -59,6 +59,8 @@ class NatsSettings:
     stream_prefix: str = "celery"
     #: "file" or "memory".
     storage: str = "file"
+    #: "workqueue": a message goes when it is acknowledged; "limits": it stays until `max_age`.
+    retention: str = "workqueue"
     #: Copies of each message in a cluster, 1 to 5.
     replicas: int = 1
     #: Compress streams on the server (s2).
@@ -111,6 +113,10 @@ class NatsSettings:
                 check(name, value)
         if (self.user is None) != (self.password is None):
             raise ConfigurationError("broker_transport_options: user and password come together, or neither does.")
+        if self.retention == "limits" and self.max_age is None:
+            raise ConfigurationError(
+                "broker_transport_options: retention='limits' needs max_age, or a queue gets full."
+            )
         if self.tls_key_file and not self.tls_cert_file:
             raise ConfigurationError("broker_transport_options: tls_key_file is of no use without tls_cert_file.")
 
@@ -259,6 +265,7 @@ _limit = _whole(1, 2**63 - 1, "a whole number above 0")
 _CHECKS: dict[str, _Check] = {
     "stream_prefix": _prefix,
     "storage": _choice("file", "memory"),
+    "retention": _choice("workqueue", "limits"),
     "replicas": _whole(1, 5, "a whole number from 1 to 5"),
     "compression": _flag,
     "max_age": _kept,

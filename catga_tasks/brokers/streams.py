@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nats.js import api
 from nats.js import errors as js_errors
 
-from catga_tasks.brokers.nats_errors import Full, StreamConflict
+from catga_tasks.brokers.nats_errors import Full, StreamConflict, passing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,7 +60,7 @@ class Streams:
         wanted = api.StreamConfig(
             name=settings.stream(queue),
             subjects=[settings.subject(queue)],
-            retention=api.RetentionPolicy.WORK_QUEUE,
+            retention=api.RetentionPolicy(settings.retention),
             storage=api.StorageType(settings.storage if durable else "memory"),
             num_replicas=settings.replicas,
             discard=api.DiscardPolicy(settings.discard),
@@ -75,28 +75,45 @@ class Streams:
         try:
             await self._connection.js.add_stream(wanted)
         except js_errors.APIError as error:
-            if error.err_code != STREAM_EXISTS:
+            if error.err_code == STREAM_EXISTS:
+                await self._adjust(queue, wanted)
+            elif passing(error):
                 raise
-            await self._adjust(queue, wanted)
+            else:
+                message = (
+                    f"NATS makes no stream {wanted.name} as broker_transport_options want it: {error.description}."
+                )
+                raise StreamConflict(message) from None
         for step in settings.priority_steps:
-            await self._connection.js.add_consumer(
-                wanted.name,
-                api.ConsumerConfig(
-                    durable_name=f"step-{step}",
-                    filter_subject=settings.subject(queue, step),
-                    ack_policy=api.AckPolicy.EXPLICIT,
-                    ack_wait=settings.ack_wait,
-                    max_ack_pending=settings.max_ack_pending,
-                    max_waiting=MAX_WAITING,
-                    # The server would leave a message that reaches its limit stuck and unseen; it is counted here.
-                    max_deliver=-1,
-                ),
-            )
+            await self._ensure_consumer(queue, step)
         self.known.add(queue)
+
+    async def _ensure_consumer(self, queue: str, step: int) -> None:
+        settings = self._connection.settings
+        wanted = api.ConsumerConfig(
+            durable_name=f"step-{step}",
+            filter_subject=settings.subject(queue, step),
+            ack_policy=api.AckPolicy.EXPLICIT,
+            ack_wait=settings.ack_wait,
+            max_ack_pending=settings.max_ack_pending,
+            max_waiting=MAX_WAITING,
+            # The server would leave a message that reaches its limit stuck and unseen; it is counted here.
+            max_deliver=-1,
+        )
+        try:
+            await self._connection.js.add_consumer(settings.stream(queue), wanted)
+        except js_errors.APIError as error:
+            if passing(error):
+                raise
+            message = (
+                f"The consumer step-{step} of the stream {settings.stream(queue)} isn't as we want it, and can't be "
+                f"changed ({error.description}): delete it, and any that isn't ours."
+            )
+            raise StreamConflict(message) from None
 
     async def _adjust(self, queue: str, wanted: api.StreamConfig) -> None:
         found = (await self._connection.js.stream_info(wanted.name)).config
-        if found.subjects != wanted.subjects or found.retention != wanted.retention:
+        if found.subjects != wanted.subjects:
             message = (
                 f"NATS has a stream {wanted.name} that isn't ours (its subjects are {found.subjects}): choose another "
                 "stream_prefix in broker_transport_options."

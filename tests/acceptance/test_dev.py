@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import sqlalchemy
 
 from tests.processes import ROOT
 from tests.waiting import wait_until
+from workers.servers import free_port
 
 # The broker and its options are for another server, which isn't there.
 APP = """
@@ -99,8 +101,14 @@ def end(process, found):
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_tasks_run_and_nothing_is_left(developer, pool):
-    process = developer.start("--no-flower", "--pool", pool, "--concurrency", "2", "--data", "here")
+    port = free_port()
+    flower = ("--flower-port", str(port)) if pool == "threads" else ("--no-flower",)
+    process = developer.start(*flower, "--pool", pool, "--concurrency", "2", "--data", "here")
     found = family(process)
+    if pool == "threads":
+        assert f"flower  ready: http://127.0.0.1:{port}\n" in process.log()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/broker", timeout=20) as page:
+            assert "celery" in page.read().decode()
     developer.enqueue(0, 20)
     wait_until(lambda: developer.charged() == list(range(20)))
     for line in (
@@ -169,8 +177,13 @@ def test_a_part_that_can_not_start_says_why(developer):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells children that their parent was killed")
-def test_no_orphans_after_a_kill(developer):
+def test_no_orphans_after_a_kill(developer, monkeypatch):
+    """In a terminal with colours, which each part has its own of."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
     process = developer.start()
+    colours = dict(re.findall(r"^\x1b\[(\S+?)m(\w+) ", process.log(), re.MULTILINE))
+    assert {"nats", "relay", "worker"} <= set(colours.values())
+    assert len(colours) == len(set(colours.values()))
     found = family(process)
     assert len([each for each in found if "worker" in each.cmdline()]) == 3
     process.popen.kill()
@@ -186,8 +199,6 @@ def test_one_at_a_time_in_a_folder(developer):
 
 def test_the_port_of_the_application(developer):
     """Who connects to nats:// on this machine needs no other address."""
-    from workers.servers import free_port
-
     port = free_port()
     path = developer.folder / "shop.py"
     settings = re.sub(r"broker_transport_options=.*\)", 'broker_transport_options={"replicas": 3, "ack_wait": 4})', APP)

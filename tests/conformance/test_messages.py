@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from base64 import b64decode
 
 import pytest
 from kombu import Queue
@@ -321,9 +323,10 @@ def test_30_poison_ends_as_a_dead_letter(broker):
             message.requeue()
 
         with connection.Consumer(Queue("q"), callbacks=[give_back]):
-            ((_, reason),) = wait_until(lambda: drained(connection) or broker.dead("q"))
+            ((kept, reason),) = wait_until(lambda: drained(connection) or broker.dead("q"))
         assert bodies == ["poison"] * 3
         assert "delivered 3 times" in reason
+        assert b64decode(json.loads(kept)["body"]) == b'"poison"'
         wait_until(lambda: size(connection) == 0)
     with broker.connect() as connection:
         messages = consuming(connection)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 import uuid
 
 import pytest
 from kombu import Connection, Queue
+from kombu.exceptions import ChannelError
 from sqlalchemy import text
 
 from catga_tasks import Catga, ConfigurationError
@@ -135,12 +137,104 @@ def test_25_a_url_that_is_none(processes, tmp_path, url):
         assert "geheim" not in command.log()
 
 
-def test_40_a_stream_of_somebody_else(connect, options):
-    with connect() as connection:
+async def _foreign_consumer(js, own):
+    await js.add_stream(name=f"{own}-q", subjects=[f"{own}.q.q.*"], retention="workqueue")
+    await js.add_consumer(f"{own}-q", durable_name="theirs", ack_policy="explicit")
+
+
+MISTAKES = {
+    "a foreign stream": (lambda js, own: js.add_stream(name=f"{own}-q", subjects=["theirs"]), {}, "isn't ours"),
+    "a foreign subject": (lambda js, own: js.add_stream(name=f"{own}x", subjects=[f"{own}.q.>"]), {}, "overlap"),
+    "a foreign consumer": (_foreign_consumer, {}, "isn't as we want it"),
+    "replicas": (None, {"replicas": 3}, "replicas > 1 not supported"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_40_what_the_server_does_not_make(connect, options, mistake):
+    """A stream or a consumer of somebody else, and what a server can't: one error that says so."""
+    before, changes, said = MISTAKES[mistake]
+    with connect(**changes) as connection:
         nats = connection.default_channel.nats
-        nats.call(nats.js.add_stream(name=f"{options['stream_prefix']}-q", subjects=["theirs"]))
-        with pytest.raises(ConfigurationError, match="isn't ours"):
+        if before:
+            nats.call(before(nats.js, options["stream_prefix"]))
+        with pytest.raises(ConfigurationError, match=said):
             publish(connection, ["x"])
+        if before:
+            for name in ("-q", "x"):
+                with contextlib.suppress(ChannelError):
+                    nats.call(nats.js.delete_stream(f"{options['stream_prefix']}{name}"))
+
+
+def test_40_an_option_that_cant_change(connect):
+    with connect() as connection:
+        publish(connection, ["x"])
+    for wrong in ({"storage": "memory"}, {"retention": "limits", "max_age": 60}):
+        with connect(**wrong) as connection, pytest.raises(ConfigurationError, match="can't be changed"):
+            publish(connection, ["x"])
+    with connect(max_msgs=10) as connection:
+        publish(connection, ["y"])
+        assert size(connection) == 2
+
+
+def test_options_reach_the_server(connect, options):
+    """Each has its place in the stream, its consumers or the connection, and those that may are changed later."""
+    wanted = {
+        "storage": "memory", "retention": "limits", "compression": True, "max_age": 60, "max_msgs": 3,
+        "max_bytes": 100_000, "max_msg_size": 2000, "discard": "old", "duplicate_window": 30.0,
+    }  # fmt: skip
+    with connect(**wanted, ack_wait=7, max_ack_pending=5, client_name="till") as connection:
+        publish(connection, range(4))
+        nats, stream = connection.default_channel.nats, f"{options['stream_prefix']}-q"
+        found = nats.call(nats.js.stream_info(stream)).config
+        assert {name: getattr(found, name) for name in wanted} == {**wanted, "compression": "s2"}
+        consumer = nats.call(nats.js.consumer_info(stream, "step-0")).config
+        assert (consumer.ack_wait, consumer.max_ack_pending) == (7, 5)
+        assert nats.nats.options["name"] == "till"
+        messages = held(connection, 3)
+        assert [message.payload for message in messages] == [1, 2, 3]  # discard="old"
+        for message in messages:
+            message.ack()
+        wait_until(lambda: connection.default_channel.counts("q")["messages"] == 0)
+        assert nats.call(nats.js.stream_info(stream)).state.messages == 3  # retention="limits"
+    with connect(**{**wanted, "discard": "new", "max_msgs": 9}, ack_wait=8) as connection:
+        publish(connection, [])
+        nats = connection.default_channel.nats
+        found = nats.call(nats.js.stream_info(stream)).config
+        assert (found.discard, found.max_msgs) == ("new", 9)
+        assert nats.call(nats.js.consumer_info(stream, "step-0")).config.ack_wait == 8
+
+
+def test_12_what_is_given_back_waits(connect):
+    """For `backoff`: the first time this long, the second that long, and others come before it."""
+    with connect(backoff=[0.4, 0], ack_wait=30) as connection:
+        publish(connection, ["x"])
+        messages = held(connection, 1)
+        messages[0].requeue()
+        publish(connection, ["y"])
+        wait_until(lambda: drained(connection) or len(messages) == 3)
+        assert [message.payload for message in messages] == ["x", "y", "x"]
+        messages[2].requeue()
+        wait_until(lambda: drained(connection) or len(messages) == 4)
+        assert messages[3].payload == "x"
+
+
+def test_41_a_server_that_is_too_old():
+    """An older one than 2.10 would take what it doesn't know of a stream, and ignore it."""
+    info = {"server_id": "x", "version": "2.9.25", "max_payload": 1 << 20, "headers": True, "jetstream": True}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet():
+            with listener.accept()[0] as client:
+                client.sendall(b"INFO " + json.dumps(info).encode() + b"\r\n")
+                while data := client.recv(4096):
+                    client.sendall(b"PONG\r\n" * data.count(b"PING"))
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(ConfigurationError, match=r"version is 2.9.25: nats:// needs 2.10 or newer"):
+            Connection(f"nats://127.0.0.1:{listener.getsockname()[1]}").connect()
+        thread.join(10)
 
 
 def test_16_a_queue_that_is_added_at_work_is_asked_for(connect):
@@ -200,16 +294,6 @@ def test_25_26_a_publisher_one_by_one_notices_no_restart(own_nats, options):
         bodies = [message.payload for message in held(connection, len(published))]
         assert bodies == published
         wait_until(lambda: size(connection) == 0)
-
-
-def test_40_an_option_that_cant_change(connect):
-    with connect() as connection:
-        publish(connection, ["x"])
-    with connect(storage="memory") as connection, pytest.raises(ConfigurationError, match="can't be changed"):
-        publish(connection, ["x"])
-    with connect(max_msgs=10) as connection:
-        publish(connection, ["y"])
-        assert size(connection) == 2
 
 
 @pytest.mark.parametrize("pool", ["solo", "threads", "prefork"])

@@ -25,6 +25,8 @@ WRONG = [
     ("stream_prefix", 3, "stream_prefix must be 1 to 64 letters"),
     ("storage", "tape", "storage must be 'file' or 'memory'"),
     ("storage", ["file"], "storage must be 'file' or 'memory'"),
+    ("retention", "interest", "retention must be 'workqueue' or 'limits'"),
+    ("retention", "limits", "retention='limits' needs max_age"),
     ("discard", None, "discard must be 'new' or 'old'"),
     *[("replicas", value, "replicas must be a whole number from 1 to 5") for value in (0, 6, 3.0, True, "3", None)],
     *[(name, 1, f"{name} must be True or False") for name in ("compression", "tls_check_hostname")],
