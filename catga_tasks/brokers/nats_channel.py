@@ -7,6 +7,7 @@ import json
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
+from kombu.exceptions import ChannelError
 from kombu.log import get_logger
 from kombu.transport import virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
@@ -81,6 +82,27 @@ class Channel(virtual.Channel):
             self.connection.taps[queue] = Tap(self.nats)
             self.intake.changed()
         self.connection.taps[queue].listen([wire_subject(self.settings, "", queue)])
+
+    def exchange_declare(self, exchange: str | None = None, type: str = "direct", **options: Any) -> None:  # noqa: A002 - kombu's signature
+        """Declare an exchange of a type that there is."""
+        if (type or "direct") not in self.exchange_types:
+            kinds = ", ".join(sorted(self.exchange_types))
+            message = f"NOT_IMPLEMENTED - nats:// has exchanges of the types {kinds}, not {type}"
+            raise ChannelError(message, (40, 10), "Channel.exchange_declare", "540")
+        super().exchange_declare(exchange, type, **options)
+
+    def exchange_delete(self, exchange: str, **_options: Any) -> None:
+        """Delete the exchange and its bindings. Its queues stay, as with AMQP."""
+        for _, routing_key, queue in self.connection.bindings.of(exchange):
+            self.queue_unbind(queue, exchange, routing_key)
+        self.state.exchanges.pop(exchange, None)
+
+    def queue_bind(self, queue: str, exchange: str | None = None, routing_key: str = "",
+                   arguments: dict[str, Any] | None = None, **_options: Any) -> None:  # fmt: skip
+        """Bind the queue. kombu would take a binding that failed, or that another process has deleted, for there."""
+        exchange = exchange or "amq.direct"
+        self._queue_bind(exchange, *self.typeof(exchange).prepare_bind(queue, exchange, routing_key, arguments))
+        self.state.binding_declare(queue, exchange, routing_key, arguments)
 
     def _queue_bind(self, exchange: str, routing_key: str, _pattern: Any, queue: str) -> None:
         kind = self.typeof(exchange).type

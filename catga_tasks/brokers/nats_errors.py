@@ -9,6 +9,7 @@ from kombu.exceptions import ChannelError
 from nats import errors
 from nats.js import errors as js_errors
 
+from catga_tasks.brokers.nats_settings import NameTooLong
 from catga_tasks.errors import CatgaError, ConfigurationError, MessageRejected
 
 
@@ -37,9 +38,11 @@ class Full(CatgaError):
 
 
 #: What one queue or one message is to blame for, while the server takes those of others.
-AT_FAULT = (MessageRejected, ChannelError, StreamConflict)
+AT_FAULT = (MessageRejected, ChannelError, StreamConflict, NameTooLong)
 #: The server's codes for an account or a server without JetStream. Its other answers of 503 pass: no leader yet.
 _NO_JETSTREAM = (None, 10039, 10076)
+#: Its code for replicas where there is no cluster.
+_NO_REPLICAS = 10074
 #: Its codes for resources that are used up: memory, storage, peers, streams or consumers of the account.
 _EXHAUSTED = (10002, 10005, 10023, 10026, 10027, 10028, 10047)
 
@@ -70,16 +73,12 @@ def translated(error: BaseException) -> Exception:
     elif mistake:
         found = ConfigurationError(mistake)
     elif isinstance(error, js_errors.APIError):
-        kind: type[Exception] = Unreachable if passing(error) else ChannelError
+        passing = error.err_code in _EXHAUSTED or isinstance(error, js_errors.ServiceUnavailableError)
+        kind: type[Exception] = Unreachable if passing else ChannelError
         found = kind(f"NATS: {error.description}")
     else:
         found = Unreachable(f"NATS can't be reached: {words}")
     return found
-
-
-def passing(error: js_errors.APIError) -> bool:
-    """Return whether the server may take the same request later: it has no leader or no room now."""
-    return error.err_code in _EXHAUSTED or isinstance(error, js_errors.ServiceUnavailableError)
 
 
 def _mistake(error: BaseException) -> str | None:
@@ -94,6 +93,8 @@ def _mistake(error: BaseException) -> str | None:
     absent = (js_errors.NoStreamResponseError, errors.NoRespondersError)
     if isinstance(error, absent) or getattr(error, "err_code", 0) in _NO_JETSTREAM:
         return "NATS has no JetStream here: start the server with -js, or allow it for this account."
+    if getattr(error, "err_code", 0) == _NO_REPLICAS:
+        return "broker_transport_options: replicas must be 1 on a single server; more need a cluster."
     if type(error).__module__.partition(".")[0] == "nkeys":
         return f"broker_transport_options: nkey or credentials can't be used: {error}."
     return None

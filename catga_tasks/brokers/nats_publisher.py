@@ -54,8 +54,11 @@ class NatsPublisher(KombuPublisher):
         return receipt
 
     def blame(self, error: Exception) -> NoReturn:
-        """Judge by the kind of error: a server that answers a ping may have no JetStream, or no leader."""
-        if not isinstance(error, AT_FAULT):
+        """Judge by the kind of error: a server that answers a ping may have no JetStream, or no leader.
+
+        What is no word of the server's comes of the row: an exchange of a type that there isn't, a limit that is text.
+        """
+        if not isinstance(error, (*AT_FAULT, TypeError, ValueError, LookupError)):
             self.give_up(error)
         message = describe(error)
         raise MessageRejected(message) from error

@@ -28,6 +28,10 @@ NAME_LENGTH = 255
 _LONGEST = 1e9
 
 
+class NameTooLong(ConfigurationError):
+    """A queue can't be, for its stream's name would be longer than the server takes."""
+
+
 class Secret:
     """A password among a connection's options. Celery shows those: in `inspect stats`, and so in Flower."""
 
@@ -135,7 +139,8 @@ class NatsSettings:
         known = [each.name for each in fields(cls)]
         for name in options:
             if name not in known and name not in _OTHERS:
-                near = difflib.get_close_matches(str(name), known, n=1)
+                # What it is called with Redis is like nothing here.
+                near = difflib.get_close_matches({"visibility_timeout": "ack_wait"}.get(name, str(name)), known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "docs/reference/nats.md lists them."
                 message = f"broker_transport_options: nats:// has no option {name}; {hint}"
                 raise ConfigurationError(message)
@@ -156,14 +161,14 @@ class NatsSettings:
         return self.priority_steps[max(0, bisect_right(self.priority_steps, priority) - 1)]
 
     def stream(self, queue: str) -> str:
-        """Return the name of a queue's stream; raise `ConfigurationError` if it gets too long."""
+        """Return the name of a queue's stream; raise `NameTooLong` if it gets too long."""
         name = f"{self.stream_prefix}-{escape(queue)}"
         if len(name) > NAME_LENGTH:
             message = (
                 f"The queue's name {queue[:40]}... is too long for NATS: with its prefix and special characters "
                 f"escaped it has {len(name)} characters, {NAME_LENGTH} are allowed."
             )
-            raise ConfigurationError(message)
+            raise NameTooLong(message)
         return name
 
     @property

@@ -7,10 +7,11 @@ import contextlib
 import datetime as dt
 from typing import TYPE_CHECKING, Any
 
+from kombu.exceptions import ChannelError
 from nats.js import api
 from nats.js import errors as js_errors
 
-from catga_tasks.brokers.nats_errors import Full, StreamConflict, passing
+from catga_tasks.brokers.nats_errors import Full, StreamConflict, translated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ class Streams:
         except js_errors.APIError as error:
             if error.err_code == STREAM_EXISTS:
                 await self._adjust(queue, wanted)
-            elif passing(error):
+            elif not isinstance(translated(error), ChannelError):
                 raise
             else:
                 message = (
@@ -103,7 +104,7 @@ class Streams:
         try:
             await self._connection.js.add_consumer(settings.stream(queue), wanted)
         except js_errors.APIError as error:
-            if passing(error):
+            if not isinstance(translated(error), ChannelError):
                 raise
             message = (
                 f"The consumer step-{step} of the stream {settings.stream(queue)} isn't as we want it, and can't be "

@@ -26,7 +26,8 @@ class Tap(Buffer):
 
     def bind(self, exchange: str, kind: str, routing_key: str) -> None:
         """Take what this binding wants of the exchange's messages."""
-        self._bound.append((exchange, kind, routing_key))
+        if (exchange, kind, routing_key) not in self._bound:
+            self._bound.append((exchange, kind, routing_key))
 
     def takes(self, exchange: str, routing_key: str) -> bool:
         """Return whether a message is for this queue: a subject may let more through."""

@@ -10,7 +10,7 @@ import time
 import uuid
 
 import pytest
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Queue
 from kombu.exceptions import ChannelError
 from sqlalchemy import text
 
@@ -146,7 +146,7 @@ MISTAKES = {
     "a foreign stream": (lambda js, own: js.add_stream(name=f"{own}-q", subjects=["theirs"]), {}, "isn't ours"),
     "a foreign subject": (lambda js, own: js.add_stream(name=f"{own}x", subjects=[f"{own}.q.>"]), {}, "overlap"),
     "a foreign consumer": (_foreign_consumer, {}, "isn't as we want it"),
-    "replicas": (None, {"replicas": 3}, "replicas > 1 not supported"),
+    "replicas": (None, {"replicas": 3}, "replicas must be 1 on a single server"),
 }
 
 
@@ -164,6 +164,27 @@ def test_40_what_the_server_does_not_make(connect, options, mistake):
             for name in ("-q", "x"):
                 with contextlib.suppress(ChannelError):
                     nats.call(nats.js.delete_stream(f"{options['stream_prefix']}{name}"))
+
+
+def test_32_bindings_and_exchanges_come_and_go(connect):
+    """A queue that somebody else has deleted is bound anew when it is declared anew; queues outlive their exchange."""
+    orders = Exchange("orders", type="topic")
+    paid = Queue("paid", orders, routing_key="paid.#")
+    with connect() as connection, connect() as other:
+        for _ in range(2):
+            paid(connection.default_channel).declare()
+            connection.Producer().publish("x", exchange=orders, routing_key="paid.now")
+            assert wait_until(lambda: connection.default_channel.basic_get("paid")).payload == "x"
+            paid(other.default_channel).delete()
+            wait_until(lambda: not connection.transport.bindings.of("orders"))
+        paid(connection.default_channel).declare()
+        connection.Producer().publish("purged", exchange=orders, routing_key="paid.now")
+        wait_until(lambda: connection.default_channel.queue_purge("paid") == 1)
+        orders(other.default_channel).delete()
+        wait_until(lambda: not connection.transport.bindings.of("orders"))
+        connection.Producer().publish("nobody", exchange=orders, routing_key="paid.now")
+        with connect() as third:
+            assert paid(third.default_channel).queue_declare(passive=True).message_count == 0
 
 
 def test_40_an_option_that_cant_change(connect):
@@ -379,8 +400,8 @@ def test_02_03_an_outage_blames_and_doubles_nothing(own_nats, engine, options, e
 
 
 def test_06_bad_rows_hold_up_no_batch(own_nats, engine, options):
-    """Scenario 6: a row that can't be decoded and one over the server's limit end as dead letters, each with its own
-    error; the rows around them go out.
+    """Scenario 6: a row that can't be decoded, one over the server's limit and two for queues that can't be end as
+    dead letters, each with its own error; the rows around them go out.
     """
     server = own_nats("max_payload: 3000")
     app = Catga("shop", broker=server.url, outbox=engine, set_as_current=False)
@@ -389,6 +410,8 @@ def test_06_bad_rows_hold_up_no_batch(own_nats, engine, options):
     app.tasks["charge"].delay_many([(number,) for number in range(5)])
     app.tasks["charge"].apply_async((7,), task_id="garbled")
     app.tasks["charge"].apply_async(("x" * 5000,), task_id="large")
+    app.tasks["charge"].apply_async((8,), task_id="nowhere", queue="x" * 300)
+    app.tasks["charge"].apply_async((9,), task_id="odd", queue=Queue("odd", Exchange("odd", type="headers")))
     app.tasks["charge"].delay_many([(number,) for number in range(5)])
     with engine.begin() as connection:
         connection.execute(text("UPDATE catga_outbox SET headers = '3' WHERE task_id = 'garbled'"))
@@ -400,10 +423,12 @@ def test_06_bad_rows_hold_up_no_batch(own_nats, engine, options):
             columns = "task_id, attempts, error"
             return connection.execute(text(f"SELECT {columns} FROM catga_dead_letters ORDER BY task_id")).all()
 
-    wait_until(lambda: relay.run_once() == 10 and len(dead()) == 2)
-    garbled, large = dead()
-    assert (garbled[0], garbled[1], large[0], large[1]) == ("garbled", 2, "large", 2)
+    wait_until(lambda: relay.run_once() == 10 and len(dead()) == 4)
+    garbled, large, nowhere, odd = dead()
+    assert [row[:2] for row in dead()] == [("garbled", 2), ("large", 2), ("nowhere", 2), ("odd", 2)]
     assert "headers must be a JSON object" in garbled[2]
     assert "larger than NATS takes" in large[2]
+    assert "is too long for NATS" in nowhere[2]
+    assert "headers" in odd[2]
     with Connection(server.url, transport_options=options) as connection:
         assert size(connection, "celery") == 10

@@ -19,7 +19,7 @@ COUNTS = ("max_msgs", "max_bytes", "max_msg_size", "max_deliver", "max_ack_pendi
 TEXTS = ("client_name", "token", "nkey", "credentials", "tls_ca_file", "tls_cert_file")
 WRONG = [
     ("ack_wiat", 3, "no option ack_wiat; did you mean ack_wait"),
-    ("visibility_timeout", 3, "no option visibility_timeout"),
+    ("visibility_timeout", 3, "no option visibility_timeout; did you mean ack_wait?"),
     (3, 3, "no option 3"),
     ("stream_prefix", "a.b", "stream_prefix must be 1 to 64 letters"),
     ("stream_prefix", 3, "stream_prefix must be 1 to 64 letters"),
