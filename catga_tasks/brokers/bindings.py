@@ -6,10 +6,13 @@ stored needs none: the exchange's own subjects reach it.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from nats import errors
 from nats.js import errors as js_errors
 
 from catga_tasks.brokers.nats_settings import escape
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from catga_tasks.brokers.jetstream import Connection
     from catga_tasks.brokers.nats_settings import NatsSettings
 
+#: Between two tries to watch the bindings after a reconnect, in seconds.
+PAUSE_SECONDS = 0.25
 #: One binding: the exchange's type, the routing key, the queue.
 Binding = tuple[str, str, str]
 
@@ -29,7 +34,7 @@ class Bindings:
         self._connection = connection
         self._bucket = f"{connection.settings.stream_prefix}-bindings"
         self._store: Any = None
-        self._watcher: Any = None
+        self._following: asyncio.Task[None] | None = None
         self._found: dict[str, tuple[str, Binding]] = {}
 
     def of(self, exchange: str) -> list[Binding]:
@@ -60,8 +65,16 @@ class Bindings:
                 self.remove(exchange, routing_key, queue)
 
     def _open(self) -> None:
-        if self._watcher is None:
+        if self._following is None:
             self._connection.call(self._watch())
+
+    async def _watch_again(self) -> None:
+        """Look at all of them: the server forgets who watches when it ends."""
+        while True:
+            with contextlib.suppress(errors.Error, TimeoutError):
+                await self._watch()
+                return
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def _watch(self) -> None:
         js = self._connection.js
@@ -71,25 +84,36 @@ class Bindings:
             self._store = await js.create_key_value(
                 bucket=self._bucket, replicas=self._connection.settings.replicas, history=1
             )
-        self._watcher = await self._store.watchall()
+        watcher = await self._store.watchall()
+        found: dict[str, tuple[str, Binding]] = {}
         # The bucket's content comes first, and an empty word after it.
-        async for entry in self._watcher:
+        async for entry in watcher:
             if entry is None:
                 break
-            self._take(entry)
-        self._connection.background(self._follow())
-
-    async def _follow(self) -> None:
-        async for entry in self._watcher:
-            if entry is not None:
-                self._take(entry)
-
-    def _take(self, entry: Any) -> None:
-        if entry.operation in ("DEL", "PURGE"):
-            self._found.pop(entry.key, None)
+            _take(found, entry)
+        self._found = found
+        if self._following is None:
+            self._connection.returning.append(self._watch_again)
         else:
-            exchange, kind, routing_key, queue = json.loads(entry.value)
-            self._found[entry.key] = (exchange, (kind, routing_key, queue))
+            self._following.cancel()
+        self._following = self._connection.background(self._follow(watcher))
+
+    async def _follow(self, watcher: Any) -> None:
+        try:
+            async for entry in watcher:
+                if entry is not None:
+                    _take(self._found, entry)
+        finally:
+            with contextlib.suppress(errors.Error):
+                await watcher.stop()
+
+
+def _take(found: dict[str, tuple[str, Binding]], entry: Any) -> None:
+    if entry.operation in ("DEL", "PURGE"):
+        found.pop(entry.key, None)
+    else:
+        exchange, kind, routing_key, queue = json.loads(entry.value)
+        found[entry.key] = (exchange, (kind, routing_key, queue))
 
 
 def wire_subject(settings: NatsSettings, exchange: str, routing_key: str) -> str:

@@ -88,7 +88,9 @@ class Connection:
         self._grace: asyncio.TimerHandle | None = None
         self._first_error: asyncio.Future[None] | None = None
         self._closing = False
-        self._endless: list[asyncio.Task[None]] = []
+        #: What is to be done when the connection is back after an outage.
+        self.returning: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self._endless: set[asyncio.Task[None]] = set()
         self._under_way: set[asyncio.Task[None]] = set()
         self._tries = 0
         #: What waits for an answer, and why it won't come.
@@ -130,9 +132,12 @@ class Connection:
         finally:
             self._calls.discard(future)
 
-    def background(self, work: Coroutine[Any, Any, Any]) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run the coroutine on the loop thread for as long as the connection lives. From the loop thread."""
-        self._endless.append(asyncio.ensure_future(work))
+        task = asyncio.ensure_future(work)
+        self._endless.add(task)
+        task.add_done_callback(self._endless.discard)
+        return task
 
     def finish(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run the coroutine on the loop thread; `close` waits for its end. From the loop thread."""
@@ -258,6 +263,9 @@ class Connection:
         await self.publishing.send_again()
         for pull in self.pulls:
             pull.reset()
+        for work in self.returning:
+            # Not here: nats-py takes an error for another outage.
+            self.background(work())
 
     def _give_up(self) -> None:
         self.broken = Unreachable(f"NATS was away for more than {self.settings.reconnect_grace:g} s (reconnect_grace).")

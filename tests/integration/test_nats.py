@@ -287,8 +287,13 @@ def test_10_a_queue_that_comes_later_is_found(connect):
 
 
 def test_25_26_a_publisher_one_by_one_notices_no_restart(own_nats, options):
-    """What was on its way when the server was killed is sent again when it is back, and stored once."""
+    """What was on its way when the server was killed is sent again when it is back, and stored once. Bindings that
+    others make afterwards are seen.
+    """
     server, stop, published = own_nats(), threading.Event(), []
+    watching = Connection(server.url, transport_options=options)
+    news = Exchange("news", type="fanout")
+    Queue("early", news)(watching.default_channel).declare()
 
     def run():
         with Connection(server.url, transport_options={**options, "publish_timeout": 30.0}) as connection:
@@ -314,7 +319,12 @@ def test_25_26_a_publisher_one_by_one_notices_no_restart(own_nats, options):
     with Connection(server.url, transport_options=options) as connection:
         bodies = [message.payload for message in held(connection, len(published))]
         assert bodies == published
-        wait_until(lambda: size(connection) == 0)
+        Queue("late", news)(connection.default_channel).declare()
+        bound = watching.transport.bindings
+        wait_until(lambda: len(bound.of("news")) == 2, deadline=10, what="a binding of after the restarts")
+        watching.Producer().publish("x", exchange=news)
+        wait_until(lambda: size(connection, "early") == size(connection, "late") == 1)
+    watching.release()
 
 
 @pytest.mark.parametrize("pool", ["solo", "threads", "prefork"])
