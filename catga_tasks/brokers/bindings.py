@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Between two tries to watch the bindings after a reconnect, in seconds.
 PAUSE_SECONDS = 0.25
+#: After this long without its watcher the server forgets a watch, in seconds.
+FORGOTTEN_SECONDS = 30.0
 #: One binding: the exchange's type, the routing key, the queue.
 Binding = tuple[str, str, str]
 
@@ -84,7 +86,7 @@ class Bindings:
             self._store = await js.create_key_value(
                 bucket=self._bucket, replicas=self._connection.settings.replicas, history=1
             )
-        watcher = await self._store.watchall()
+        watcher = await self._store.watchall(inactive_threshold=FORGOTTEN_SECONDS)
         found: dict[str, tuple[str, Binding]] = {}
         # The bucket's content comes first, and an empty word after it.
         async for entry in watcher:

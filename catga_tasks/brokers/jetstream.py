@@ -282,8 +282,12 @@ class Connection:
         if self._grace is not None:
             self._grace.cancel()
         await self.give_back()
-        for task in (*self._endless, *self._under_way):
+        ending = {*self._endless, *self._under_way}
+        for task in ending:
             task.cancel()
+        if ending:
+            # They unsubscribe, as long as there is a connection.
+            await asyncio.wait(ending, timeout=1)
         with contextlib.suppress(Exception):
             await self.nats.close()
 

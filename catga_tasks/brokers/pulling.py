@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 #: How long the server keeps a request for messages, in seconds.
 PULL_SECONDS = 30.0
+#: How often the server says that it still has a request, in seconds, and how long it may say nothing. A leader that is
+#: killed takes the requests with it, and nobody says so.
+HEARTBEAT_SECONDS = 5.0
+SILENCE_SECONDS = 11.0
 #: How long the end of a consumer waits for what is on its way, in seconds.
 DRAIN_SECONDS = 1.0
 #: After an answer that isn't a message, the next request waits this long, in seconds.
@@ -127,9 +131,10 @@ class Pull(Buffer):
         if not self._connection.nats.is_connected or self not in self._connection.pulls:
             self._came += count
             return
-        request = json.dumps({"batch": count, "expires": int(PULL_SECONDS * 1e9)}).encode()
+        self._heard = time.monotonic()
+        request = {"batch": count, "expires": int(PULL_SECONDS * 1e9), "idle_heartbeat": int(HEARTBEAT_SECONDS * 1e9)}
         with contextlib.suppress(errors.Error):
-            await self._connection.nats.publish(self._subject, request, reply=self._inbox)
+            await self._connection.nats.publish(self._subject, json.dumps(request).encode(), reply=self._inbox)
 
     def reset(self) -> None:
         """Have everything asked for anew: the requests of before are gone."""
@@ -138,8 +143,8 @@ class Pull(Buffer):
         self._connection.bell.ring()
 
     def check(self) -> None:
-        """Have it asked for anew when the server has been silent for longer than it keeps a request."""
-        if self._asked > self._came and time.monotonic() - self._heard > PULL_SECONDS + 5:
+        """Have it asked for anew when the server has been silent for too long."""
+        if self._asked > self._came and time.monotonic() - self._heard > SILENCE_SECONDS:
             self.reset()
 
     async def _arrived(self, msg: Msg) -> None:
@@ -161,7 +166,9 @@ class Pull(Buffer):
         connection.bell.ring()
 
     def _ended(self, headers: dict[str, str]) -> None:
-        """Note that a request has ended, by its time or because its stream is gone."""
+        """Note that a request has ended, by its time or because its stream is gone; or that it goes on."""
+        if headers.get("Status") == "100":
+            return
         self._came = min(self._asked, self._came + int(headers.get("Nats-Pending-Messages", self._asked)))
         if headers.get("Status") in ("404", "409", "503") and "Deleted" in str(headers.get("Description")):
             self._connection.streams.known.discard(self._queue)

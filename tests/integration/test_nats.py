@@ -15,7 +15,9 @@ from kombu.exceptions import ChannelError
 from sqlalchemy import text
 
 from catga_tasks import Catga, ConfigurationError
+from catga_tasks.brokers import pulling
 from catga_tasks.brokers.nats_errors import AccessRefused
+from catga_tasks.brokers.pulling import Pull
 from catga_tasks.errors import MessageRejected
 from tests.waiting import wait_until
 
@@ -224,6 +226,31 @@ def test_options_reach_the_server(connect, options):
         found = nats.call(nats.js.stream_info(stream)).config
         assert (found.discard, found.max_msgs) == ("new", 9)
         assert nats.call(nats.js.consumer_info(stream, "step-0")).config.ack_wait == 8
+
+
+def test_27_a_request_that_is_lost_is_made_again(connect, monkeypatch):
+    """The leader of a cluster takes it with it when it is killed; whose connection is to another hears nothing."""
+    monkeypatch.setattr(pulling, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(pulling, "SILENCE_SECONDS", 0.8)
+    lost = []
+
+    async def lose(pull, _count):
+        lost.append(pull)
+        pull._heard = time.monotonic()
+
+    with connect() as connection, connect() as other:
+        publish(other, ["x"])
+        with monkeypatch.context() as patched:
+            patched.setattr(Pull, "ask", lose)
+            messages = held(connection, 0)
+            wait_until(lambda: len(lost) == 4)
+        assert all(pull.coming for pull in lost)
+        wait_until(lambda: drained(connection) or len(messages) == 1)
+        # It isn't, while the server says that it still has it.
+        before, idle = [pull._asked for pull in lost], time.monotonic() + 1.5
+        while time.monotonic() < idle:
+            drained(connection)
+        assert [pull._asked for pull in lost] == before
 
 
 def test_12_what_is_given_back_waits(connect):

@@ -56,6 +56,11 @@ def test_41_messages(connection):
     take(connection, "q").reject()
     assert connection.default_channel.send([("q", 0, b"{}", "same"), ("q", 0, b"{}", "same")]) == [None, None]
     Queue("q")(connection.default_channel).purge()
+    messages = []
+    with connection.Consumer(Queue("q"), callbacks=[lambda _, message: messages.append(message)]):
+        connection.Producer().publish("consumed", routing_key="q")
+        connection.drain_events(timeout=10)
+        messages[0].ack()
     with pytest.raises(ChannelError):
         Queue("missing")(connection.default_channel).queue_declare(passive=True)
 
