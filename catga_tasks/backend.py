@@ -36,7 +36,7 @@ from kombu.utils.encoding import ensure_bytes
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from catga_tasks import current, deferral, results
-from catga_tasks.database import refuse_missing_table
+from catga_tasks.database import refuse_missing_table, storable
 from catga_tasks.errors import CatgaError, ConfigurationError, MigrationRequired
 
 if TYPE_CHECKING:
@@ -446,5 +446,4 @@ def _filled(header: Any, values: dict[str, Any]) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """Return what PostgreSQL takes as text: it has no zero bytes."""
-    return None if value is None else str(value).replace("\x00", "\\x00")
+    return None if value is None else storable(value)

@@ -204,8 +204,6 @@ class Claims:
             if self._locks:
                 self._work = self._engine.connect().execution_options(isolation_level="READ COMMITTED")
                 self._side = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-                # The journal must outlive this process, not the server's crash, which ends no relay.
-                self._side.execute(text("SET synchronous_commit = off"))
             else:
                 self._work = self._engine.connect()
         return self._work

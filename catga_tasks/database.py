@@ -34,6 +34,8 @@ CONNECT_TIMEOUT = 10
 BUSY_TIMEOUT = 20
 
 
+#: libpq's PQTRANS_INERROR: in a transaction that a statement has failed in.
+_IN_ERROR = 3
 #: Connections that are kept open between uses.
 POOL_SIZE = 20
 
@@ -128,6 +130,26 @@ def is_passing(error: SQLAlchemyError) -> bool:
         return state[:2] in ("08", "40", "53") or state[:4] == "57P0" or state in ("55P03", "25006")
     # psycopg gives a connection that can't be opened or that broke no state. SQLite's errors have none either.
     return isinstance(error, (OperationalError, InterfaceError)) and not isinstance(error.orig, sqlite3.Error)
+
+
+def storable(value: object) -> str:
+    """Return text that every database takes: no lone surrogates, as names of files have them, and no NUL."""
+    return str(value).encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def is_aborted(connection: Connection) -> bool:
+    """Return whether an error has ended the transaction, so that PostgreSQL would take its commit for a rollback."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name != "postgresql":
+        return False
+    if hasattr(driver, "info"):
+        # psycopg; the driver knows it without asking the server.
+        return bool(driver.info.transaction_status == _IN_ERROR)
+    try:
+        connection.exec_driver_sql("SELECT 1")
+    except DBAPIError:
+        return True
+    return False
 
 
 def in_one_line(error: Exception) -> str:

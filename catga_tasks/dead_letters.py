@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from catga_tasks import holds, keys, outbox
 from catga_tasks.brokers.generic import describe
-from catga_tasks.database import in_one_line
+from catga_tasks.database import in_one_line, storable
 from catga_tasks.envelope import Envelope
 from catga_tasks.errors import ConfigurationError
 
@@ -134,7 +134,7 @@ class Consumer(CeleryConsumer):
         return False
 
     def _store(self, envelope: Envelope, reason: str) -> bool:
-        reason = _text(reason)
+        reason = storable(reason)
         try:
             with self.app.outbox.engine.begin() as connection:
                 number = outbox.add_dead(connection, envelope, error=reason)
@@ -163,16 +163,16 @@ class Consumer(CeleryConsumer):
         properties = {name: value for name, value in message.properties.items() if name not in _TRAVEL}
         priority = message.properties.get("priority")
         held = keys.read_headers(headers)
-        exchange, routing_key = _text(info.get("exchange") or ""), _text(info.get("routing_key") or "")
+        exchange, routing_key = storable(info.get("exchange") or ""), storable(info.get("routing_key") or "")
         return Envelope(
-            task_id=_text(headers.get("id") or message.properties.get("correlation_id") or ""),
-            task=_text(headers.get("task") or UNKNOWN),
+            task_id=storable(headers.get("id") or message.properties.get("correlation_id") or ""),
+            task=storable(headers.get("task") or UNKNOWN),
             queue=self._queue(exchange, routing_key),
             exchange=exchange,
             routing_key=routing_key,
             priority=priority if isinstance(priority, int) and 0 < priority <= MAX_PRIORITY else None,
-            content_type=_text(message.content_type or "application/data"),
-            content_encoding=_text(message.content_encoding or "binary"),
+            content_type=storable(message.content_type or "application/data"),
+            content_encoding=storable(message.content_encoding or "binary"),
             headers=_json(headers),
             properties=_json(properties),
             body=_bytes(message.body),
@@ -200,11 +200,6 @@ class Consumer(CeleryConsumer):
             return self.app.outbox is not None
         except ConfigurationError:
             return False
-
-
-def _text(value: object) -> str:
-    """Return text that every database takes: no lone surrogates, and no NUL."""
-    return str(value).encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def _json(value: dict[str, Any]) -> str:

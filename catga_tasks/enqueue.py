@@ -86,6 +86,7 @@ class Outbox:
         try:
             yield
         finally:
+            target.leave()
             self._targets.reset(token)
 
     def track(self, sessions: Trackable) -> None:

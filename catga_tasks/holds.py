@@ -90,12 +90,14 @@ def line_up(connection: Connection, envelopes: Sequence[Envelope]) -> Sequence[E
 
     Waits for other transactions that line up for the same keys.
     """
-    keys = sorted({envelope.ordering_key for envelope in envelopes if envelope.ordering_key is not None})
-    if not keys:
+    places: dict[str, list[int]] = {}
+    for place, envelope in enumerate(envelopes):
+        if envelope.ordering_key is not None:
+            places.setdefault(envelope.ordering_key, []).append(place)
+    if not places:
         return envelopes
     lined: list[Envelope] = list(envelopes)
-    for key in keys:
-        mine = [place for place, envelope in enumerate(lined) if envelope.ordering_key == key]
+    for key, mine in sorted(places.items()):
         for place in mine:
             envelope = lined[place]
             free = _resume(connection, key, envelope.task_id) if envelope.resumed else False

@@ -28,20 +28,21 @@ RETIRED = "retired"
 def journal_open(connection: Connection, relay: str, ids: Sequence[int]) -> tuple[int, list[tuple[int, list[int]]]]:
     """Write down which rows are about to be published; return the entry's id and the entries of other batches.
 
-    On PostgreSQL the entry survives the relay, not the server: `synchronous_commit` is off on this connection,
-    for a server that dies takes no relay with it.
+    On PostgreSQL the entry survives the relay, not the server: its commit doesn't wait for the disk, for a server that
+    dies takes no relay with it. That is set for this commit only: a pooler hands the session to others.
     """
     parameters = {"relay": relay, "ids": json.dumps(list(ids)), "zero": 0}
     started = later(connection, "zero")
     values = f"INSERT INTO catga_outbox_journal (relay, row_ids, started_at) VALUES (:relay, :ids, {started})"
     if dialect(connection) == "postgresql":
         statement = (
-            f"WITH mine AS ({values} RETURNING id) SELECT id, NULL AS row_ids FROM mine "
-            "UNION ALL SELECT id, row_ids FROM catga_outbox_journal"
+            f"WITH mine AS ({values} RETURNING id) "
+            "SELECT id, NULL AS row_ids, set_config('synchronous_commit', 'off', true) FROM mine "
+            "UNION ALL SELECT id, row_ids, NULL FROM catga_outbox_journal"
         )
         found = connection.execute(text(statement), parameters).all()
-        mine = next(entry for entry, row_ids in found if row_ids is None)
-        return mine, [(entry, json.loads(row_ids)) for entry, row_ids in found if row_ids is not None]
+        mine = next(entry for entry, row_ids, _ in found if row_ids is None)
+        return mine, [(entry, json.loads(row_ids)) for entry, row_ids, _ in found if row_ids is not None]
     others = journal(connection)
     mine = connection.execute(text(values + " RETURNING id"), parameters).scalar_one()
     return mine, others

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy import text
 
+from catga_tasks.database import storable
 from catga_tasks.envelope import STORED, Envelope, Row
 from catga_tasks.tables import MESSAGE_COLUMNS, NEVER, UTCDateTime, dialect, epoch, later, now, seconds_since
 
@@ -148,7 +149,13 @@ def bury(connection: Connection, row: Row, *, error: str) -> None:
         f"INSERT INTO catga_dead_letters (id, {names}, attempts, history, died_at, error) "
         f"SELECT id, {names}, :attempts, :history, {later(connection, 'zero')}, :error FROM catga_outbox WHERE id = :id"
     )
-    parameters = {"attempts": row.attempts + 1, "history": history(connection, row, error), "error": error, "zero": 0}
+    parameters = {
+        "attempts": row.attempts + 1,
+        "history": history(connection, row, error),
+        # A publisher's words may repeat a broker's, whatever those are.
+        "error": storable(error),
+        "zero": 0,
+    }
     connection.execute(statement, {**parameters, "id": row.id})
     remove(connection, [row.id])
 

@@ -19,6 +19,7 @@ from kombu.exceptions import EncodeError
 from kombu.serialization import dumps, loads
 
 from catga_tasks import telemetry
+from catga_tasks.database import storable
 from catga_tasks.inbox import Content
 from catga_tasks.links import send_again
 
@@ -65,7 +66,7 @@ def state_of(error: BaseException) -> str:
 def described(error: BaseException) -> str:
     """Return the error in one line, for those who look into the inbox."""
     cause = error.exc if isinstance(error, Retry) and error.exc is not None else error
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:1000]
+    return storable(" ".join(f"{type(cause).__name__}: {cause}".split())[:1000])
 
 
 def failed(task: Any, request: Mapping[str, Any], error: Exception) -> Any:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from celery import states
 from celery.exceptions import BackendStoreError, Ignore, Reject, TimeLimitExceeded
 from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from catga_tasks import current, holding, inbox, outcome, retry
-from catga_tasks.database import in_one_line, is_passing
+from catga_tasks.database import in_one_line, is_aborted, is_passing
 from catga_tasks.envelope import DUE_AT
 from catga_tasks.errors import ConfigurationError, MigrationRequired
 from catga_tasks.links import fix_ids
@@ -134,7 +134,7 @@ class Once:
         try:
             self._commit()
         except SQLAlchemyError as error:
-            if is_passing(error):
+            if is_passing(error) or self._is_cut():
                 raise
             answer = self._refused(error)
         _outages[0] = 0
@@ -173,6 +173,7 @@ class Once:
             )
             raise ConfigurationError(message)
         self.session.flush()
+        self._refuse_aborted()
         kept = outcome.content(self.task, self._request, value)
         if kept is not None:
             inbox.keep(self.session.connection(), self._key, kept)
@@ -185,7 +186,7 @@ class Once:
 
     def _undo(self, error: BaseException) -> None:
         """Roll back, and begin the transaction that keeps what became of the task."""
-        passing = isinstance(error, SQLAlchemyError) and is_passing(error) and not self._alive()
+        passing = isinstance(error, SQLAlchemyError) and (is_passing(error) or self._is_cut()) and not self._alive()
         self._roll_back()
         # What the task has sent is rolled back with it.
         self.task.request.children.clear()
@@ -221,6 +222,13 @@ class Once:
             return False
         return True
 
+    def _is_cut(self) -> bool:
+        """Return whether the connection broke before, and somebody caught that error."""
+        try:
+            return self.session.connection().invalidated
+        except SQLAlchemyError:
+            return False
+
     def _roll_back(self) -> None:
         self._after.clear()
         try:
@@ -229,7 +237,17 @@ class Once:
             # The connection is gone, and the transaction with it.
             self.session.invalidate()
 
+    def _refuse_aborted(self) -> None:
+        """Refuse a transaction that would be rolled back, though it is committed and nothing says so."""
+        if is_aborted(self.session.connection()):
+            message = (
+                f"A statement failed in the transaction of task {self.task.name}, and its error was caught: nothing of "
+                "it can be committed. Use session.begin_nested() around what may fail, or let the error out."
+            )
+            raise PendingRollbackError(message)
+
     def _commit(self) -> None:
+        self._refuse_aborted()
         self._committing = True
         try:
             self.session.commit()

@@ -64,7 +64,7 @@ class Hooks:
             if at["do"] == "sleep":
                 time.sleep(at["seconds"])
             elif at["do"] == "raise":
-                raise RuntimeError("Nobody expects this.")
+                raise RuntimeError("Nobody expects this: \0 \udce9.")
             else:
                 os.kill(os.getpid(), getattr(signal, at["do"]))
         gate = self._gate

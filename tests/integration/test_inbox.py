@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import uuid
+from contextlib import suppress
 
 import pytest
 import sqlalchemy as sa
@@ -308,6 +309,50 @@ def test_savepoints_are_the_tasks_own(app):
     assert len(enqueued(app)) == 1
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["task", "on_success"])
+def test_an_error_that_is_caught_without_a_savepoint_fails_the_task(app, late):
+    """PostgreSQL would roll back at the commit, and say nothing: the effects, and the inbox's row, would be lost."""
+
+    def twice(word):
+        effect(word)
+        effect(word)
+
+    def careless(self, word):
+        effect("first")
+        if not late:
+            with suppress(sa.exc.IntegrityError):
+                twice(word)
+
+    found = task(app, careless, on_success=lambda *_: late and twice("a"))
+    answer = deliver(found, "a")
+    if app.outbox.engine.dialect.name == "sqlite":
+        # Only the statement is undone there.
+        assert (answer.info, effects(app)) == (None, ["a", "first"])
+        return
+    assert "session.begin_nested()" in str(answer.info.retval)
+    assert (effects(app), entries(app)) == ([], [("1", 0, 0, "FAILURE")])
+    assert deliver(found, "a").info.state == states.IGNORED
+
+
+@pytest.mark.parametrize("words", ["a\0b", "caf\udce9.txt"], ids=["NUL", "surrogate"])
+def test_an_error_in_words_that_no_database_takes(app, words):
+    """A failure and a retry are kept whatever their error says; the message doesn't come again for ever."""
+    app.conf.result_backend = "outbox://"
+
+    def failing(self, words):
+        effect("first")
+        if not self.request.retries:
+            raise self.retry(exc=ValueError(words))
+        raise ValueError(words)
+
+    found = task(app, failing)
+    assert deliver(found, words).info.state == states.RETRY
+    assert enqueued(app) == [("failing", "1")]
+    assert repr(deliver(found, words, retries=1).info.retval) == repr(ValueError(words))
+    assert (effects(app), entries(app)) == ([], [("1", 0, 0, "RETRY"), ("1", 1, 0, "FAILURE")])
+    assert rows(app, "SELECT status FROM catga_results") == [("FAILURE",)]
+
+
 def test_a_second_session_commits_by_itself(postgres_app):
     """The documented rule: what another session writes isn't part of the task's transaction."""
 
@@ -337,20 +382,21 @@ def test_a_result_that_cant_be_held_fails_before_the_commit(app):
 
 
 def test_04_a_database_that_goes_away_is_no_failure(postgres_app, monkeypatch):
-    """Scenario 4: the task's connection is cut amid the task, and at its commit: its message goes back."""
+    """Scenario 4: the task's connection is cut amid the task, whether it notices or not, and at its commit."""
     monkeypatch.setattr("catga_tasks.worker.OUTAGE_SECONDS", (0.01, 0.01))
 
-    def cut(self, word, late=False):
+    def cut(self, word, how):
         effect(word)
         pid = current_session().scalar(sa.text("SELECT pg_backend_pid()"))
         with self.app.outbox.engine.connect() as other:
             other.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-        if not late:
-            effect(word + word)
+        if how != "late":
+            with suppress(*([sa.exc.SQLAlchemyError] if how == "caught" else [])):
+                effect(word + word)
 
     found = task(postgres_app, cut)
-    for late in (False, True):
-        answer = deliver(found, "a", late)
+    for how in ("early", "caught", "late"):
+        answer = deliver(found, "a", how)
         assert answer.info.state == states.REJECTED
         assert answer.info.retval.requeue
     assert (effects(postgres_app), entries(postgres_app)) == ([], [])
