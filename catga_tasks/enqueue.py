@@ -44,6 +44,7 @@ class Outbox:
         self._source = source
         self._require_transaction = require_transaction
         self._engine: Engine | None = None
+        self._given: Engine | None = None
         self._pid = os.getpid()
         self._waker: Waker | None = None
         self._targets: ContextVar[tuple[Target, ...]] = ContextVar("catga_outbox_targets", default=())
@@ -51,10 +52,16 @@ class Outbox:
 
     @property
     def engine(self) -> Engine:
-        """The engine of the outbox's database, for messages outside any transaction and for relays."""
+        """The engine of the outbox's database, for transactions of our own: messages outside any, keys, leases, relays.
+
+        On PostgreSQL they are at READ COMMITTED, whatever the engine was made with: their statements expect to see what
+        others have just committed, and nobody would repeat them after a serialization failure.
+        """
         if self._engine is None:
-            self._engine = open_engine(self._source)
-            close_before_forks(self._engine)
+            self._given = self._engine = open_engine(self._source)
+            close_before_forks(self._given)
+            if self._given.dialect.name == "postgresql":
+                self._engine = self._given.execution_options(isolation_level="READ COMMITTED")
         if self._pid != os.getpid():
             # A forked child must not talk on its parent's connections, nor close them.
             self._engine.dispose(close=False)
@@ -63,8 +70,9 @@ class Outbox:
 
     def session(self) -> Session:
         """Return a new session on the outbox's database: of the application's own sessionmaker, if it gave that."""
-        engine = self.engine
-        found: Session = self._source() if isinstance(self._source, sessionmaker) else Session(engine)
+        # A fork is noticed there.
+        _ = self.engine
+        found: Session = self._source() if isinstance(self._source, sessionmaker) else Session(self._given)
         return found
 
     @contextmanager

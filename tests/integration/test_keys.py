@@ -208,6 +208,36 @@ def test_the_second_caller_waits_for_the_first_ones_end(app, engine):
     assert sent(app) == [ended[0].id]
 
 
+def test_15_an_engine_that_serializes_fails_no_call_and_repeats_no_task(engine):
+    """Scenario 15: what waits for a key in a transaction of its own goes on when the other one has committed."""
+    if engine.dialect.name == "sqlite":
+        # It has no such failures.
+        return
+    serializing = sa.create_engine(engine.url, isolation_level="SERIALIZABLE")
+    app = Catga("shop", broker="memory://", outbox=serializing, set_as_current=False)
+    answers: list[object] = []
+    ran: list[int] = []
+    ordered = task(app, lambda _self: ran.append(1), key="busy")
+    taken = message(app, first := ordered.delay().id)
+    for call in (lambda: deliver(ordered, first, taken).info, lambda: ordered.delay().id and None):
+        with engine.begin() as other:
+            other.execute(
+                sa.text("INSERT INTO catga_turns VALUES ('busy', 'x') ON CONFLICT (key) DO UPDATE SET key = 'busy'")
+            )
+            thread = threading.Thread(target=lambda call=call: answers.append(call()))
+            thread.start()
+            wait_until(
+                lambda: rows(app, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"),
+                what="somebody who waits",
+            )
+        thread.join(20)
+    with app.outbox.session() as session:
+        assert session.scalar(sa.text("SHOW transaction_isolation")) == "serializable"
+    serializing.dispose()
+    app.close()
+    assert (ran, answers) == ([1], [None, None])
+
+
 def test_a_session_of_asyncio_takes_keys_too(app, engine):
     """`delay()` does no I/O in the transaction of an `AsyncSession`; the key is taken at its commit."""
     driver = "sqlite+aiosqlite" if engine.dialect.name == "sqlite" else "postgresql+asyncpg"
