@@ -128,16 +128,17 @@ def replay(connection: Connection, selection: Selection) -> int:
     """
     names = ", ".join(name for name in MESSAGE_COLUMNS if name != "attempts")
     where, parameters = conditions(connection, "catga_dead_letters", selection)
-    keyed = _replay_keyed(connection, selection)
     where = _and(where, f"NOT {_KEYED}")
     insert = f"INSERT INTO catga_outbox ({names}) SELECT {names} FROM"
     if dialect(connection) == "postgresql":
         # One statement: two replays at once must not both see a row.
         moved = f"WITH gone AS (DELETE FROM catga_dead_letters{where} RETURNING {names}) {insert} gone"
-        return keyed + connection.execute(bound(moved, selection), parameters).rowcount
-    copied = connection.execute(bound(f"{insert} catga_dead_letters{where}", selection), parameters).rowcount
-    connection.execute(bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters)
-    return keyed + copied
+        replayed = connection.execute(bound(moved, selection), parameters).rowcount
+    else:
+        # From the first write on SQLite keeps other replays out, also for the rows with keys.
+        replayed = connection.execute(bound(f"{insert} catga_dead_letters{where}", selection), parameters).rowcount
+        connection.execute(bound(f"DELETE FROM catga_dead_letters{where}", selection), parameters)
+    return replayed + _replay_keyed(connection, selection)
 
 
 def _replay_keyed(connection: Connection, selection: Selection) -> int:

@@ -44,7 +44,6 @@ class Outbox:
         self._source = source
         self._require_transaction = require_transaction
         self._engine: Engine | None = None
-        self._given: Engine | None = None
         self._pid = os.getpid()
         self._waker: Waker | None = None
         self._targets: ContextVar[tuple[Target, ...]] = ContextVar("catga_outbox_targets", default=())
@@ -52,16 +51,10 @@ class Outbox:
 
     @property
     def engine(self) -> Engine:
-        """The engine of the outbox's database, for transactions of our own: messages outside any, keys, leases, relays.
-
-        On PostgreSQL they are at READ COMMITTED, whatever the engine was made with: their statements expect to see what
-        others have just committed, and nobody would repeat them after a serialization failure.
-        """
+        """The engine of the outbox's database, for messages outside any transaction and for relays."""
         if self._engine is None:
-            self._given = self._engine = open_engine(self._source)
-            close_before_forks(self._given)
-            if self._given.dialect.name == "postgresql":
-                self._engine = self._given.execution_options(isolation_level="READ COMMITTED")
+            self._engine = open_engine(self._source)
+            close_before_forks(self._engine)
         if self._pid != os.getpid():
             # A forked child must not talk on its parent's connections, nor close them.
             self._engine.dispose(close=False)
@@ -70,10 +63,22 @@ class Outbox:
 
     def session(self) -> Session:
         """Return a new session on the outbox's database: of the application's own sessionmaker, if it gave that."""
-        # A fork is noticed there.
-        _ = self.engine
-        found: Session = self._source() if isinstance(self._source, sessionmaker) else Session(self._given)
+        engine = self.engine
+        found: Session = self._source() if isinstance(self._source, sessionmaker) else Session(engine)
         return found
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """Yield a connection, and commit: for transactions of our own.
+
+        On PostgreSQL they are at READ COMMITTED, whatever the engine is at: their statements expect to see what others
+        have just committed, and nobody would repeat them after a serialization failure.
+        """
+        with self.engine.connect() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execution_options(isolation_level="READ COMMITTED")
+            with connection.begin():
+                yield connection
 
     @contextmanager
     def join(self, transaction: Joinable) -> Iterator[None]:
@@ -134,7 +139,7 @@ class Outbox:
     def insert(self, entries: Sequence[Entry]) -> None:
         """Enqueue messages, and what goes with them, in a transaction of their own; raise as `add` does."""
         try:
-            with self.engine.begin() as connection:
+            with self.begin() as connection:
                 storing.store(connection, entries)
         except DBAPIError as error:
             refuse_missing_table(error)

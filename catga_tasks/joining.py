@@ -67,15 +67,15 @@ class SessionTarget:
     def alive(self) -> bool:
         """Return whether the tracked transaction is still the session's; a block's session counts until its end.
 
-        Not in a listener after the commit: that transaction takes no more.
+        Also if a flush has failed in it, which leaves it to be rolled back; but not in a listener after the commit.
         """
         session = self._session()
-        if self._transaction is None:
-            return not self._left and (session is None or session not in _committed)
-        transaction = self._transaction()
-        if session is None or transaction is None:
+        if session in _committed:
             return False
-        return session.get_transaction() is transaction and transaction.is_active
+        if self._transaction is None:
+            return not self._left
+        transaction = self._transaction()
+        return session is not None and transaction is not None and session.get_transaction() is transaction
 
     def leave(self) -> None:
         """Take no more messages."""

@@ -25,7 +25,7 @@ from catga_tasks.worker import Untold, give_back, is_too_old, key_of, tell
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy import Engine
+    from catga_tasks.enqueue import Outbox
 
 logger = logging.getLogger("catga_tasks.worker")
 
@@ -43,7 +43,7 @@ class Leased:
         self._key = key_of(task_id, request)
         self._fields = outcome.fields(task, task_id, request)
         self._owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._engine: Engine = task.app.outbox.engine
+        self._outbox: Outbox = task.app.outbox
         self._seconds: float = task.app.catga_settings.inbox_lease
 
     def trace(self, tracer: Callable[[], Any]) -> Any:
@@ -54,7 +54,7 @@ class Leased:
         except (SQLAlchemyError, OutboxUnavailable, Untold) as error:
             # Nobody else would bring it again: Celery takes an error here for the task's failure.
             return give_back(self.task, self._task_id, self._request, error)
-        _renewer.add(self._engine, self._key, self._owner, self._seconds)
+        _renewer.add(self._outbox, self._key, self._owner, self._seconds)
         try:
             answer = tracer()
         except BaseException:
@@ -66,7 +66,7 @@ class Leased:
         return answer
 
     def _taken(self) -> bool:
-        with self._engine.begin() as connection:
+        with self._outbox.begin() as connection:
             name = self.task.name
             taken = inbox.take_lease(connection, self._key, name, owner=self._owner, seconds=self._seconds)
             if taken and is_too_old(self.task, self._request):
@@ -75,7 +75,7 @@ class Leased:
 
     def _met(self) -> Any:
         """Repeat the outcome of a message that is done; postpone one that somebody runs."""
-        with self._engine.begin() as connection:
+        with self._outbox.begin() as connection:
             seen = inbox.seen(connection, self._key)
             left = inbox.lease_left(connection, self._key)
             if seen is not None and seen.state != inbox.STARTED:
@@ -112,7 +112,7 @@ class Leased:
             content = self._content(answer.retval)
         else:
             error = outcome.described(answer.info.retval)
-        with self._engine.begin() as connection:
+        with self._outbox.begin() as connection:
             ours = inbox.end_lease(connection, self._key, owner=self._owner, state=state, content=content, error=error)
         if not ours:
             logger.warning(
@@ -132,7 +132,7 @@ class Leased:
             return None
 
     def _free(self) -> None:
-        with self._engine.begin() as connection:
+        with self._outbox.begin() as connection:
             inbox.free(connection, self._key, owner=self._owner)
 
     def _finish(self, work: Callable[[], None]) -> None:
@@ -157,13 +157,13 @@ class _Renewer:
     def forget(self) -> None:
         """Begin anew: a forked child runs none of its parent's tasks, and has none of its threads."""
         self._lock = threading.Condition()
-        self._held: dict[str, tuple[Engine, inbox.Key, float]] = {}
+        self._held: dict[str, tuple[Outbox, inbox.Key, float]] = {}
         self._thread: threading.Thread | None = None
 
-    def add(self, engine: Engine, key: inbox.Key, owner: str, seconds: float) -> None:
+    def add(self, outbox: Outbox, key: inbox.Key, owner: str, seconds: float) -> None:
         """Lead this lease on until `remove`."""
         with self._lock:
-            self._held[owner] = (engine, key, seconds)
+            self._held[owner] = (outbox, key, seconds)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="catga-leases", daemon=True)
                 self._thread.start()
@@ -180,14 +180,14 @@ class _Renewer:
                 while not self._held:
                     self._lock.wait()
                 held = list(self._held.items())
-            for owner, (engine, key, seconds) in held:
-                self._renew(engine, key, owner, seconds)
+            for owner, (outbox, key, seconds) in held:
+                self._renew(outbox, key, owner, seconds)
             with self._lock:
                 self._lock.wait(min(seconds for _, (_, _, seconds) in held) / 3)
 
-    def _renew(self, engine: Engine, key: inbox.Key, owner: str, seconds: float) -> None:
+    def _renew(self, outbox: Outbox, key: inbox.Key, owner: str, seconds: float) -> None:
         try:
-            with engine.begin() as connection:
+            with outbox.begin() as connection:
                 inbox.renew_lease(connection, key, owner=owner, seconds=seconds)
         except SQLAlchemyError as error:
             logger.warning("The lease of task %s can't be led on: %s", key.task_id, type(error).__name__)

@@ -94,7 +94,7 @@ class Request(CeleryRequest):
     def _end_lease(self, timeout: float) -> None:
         key, error = key_of(self.id, self._request_dict), outcome.described(TimeLimitExceeded(timeout))
         try:
-            with self._app.outbox.engine.begin() as connection:
+            with self._app.outbox.begin() as connection:
                 inbox.end_lease(connection, key, state="FAILURE", error=error)
         except SQLAlchemyError as problem:
             logger.warning(

@@ -46,7 +46,7 @@ def run(task: Any, task_id: str, request: Mapping[str, Any], held: Held, call: C
 
 def release(outbox: Any, held: Held) -> None:
     """Let go in a transaction of its own."""
-    with outbox.engine.begin() as connection:
+    with outbox.begin() as connection:
         passed_on = held.end(connection)
     if passed_on:
         outbox.wake()
@@ -66,5 +66,5 @@ def dismiss(app: Any, task_id: str, headers: Any) -> bool:
 
 
 def _starts(outbox: Any, held: Held, *, ask: bool) -> bool:
-    with outbox.engine.begin() as connection:
+    with outbox.begin() as connection:
         return held.start(connection, ask=ask)

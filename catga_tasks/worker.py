@@ -352,6 +352,8 @@ def _wait(task: Any, task_id: str, request: Mapping[str, Any], error: BaseExcept
 
 def _close(session: Session) -> None:
     try:
+        # A commit that SQLite refuses, because somebody reads, leaves the transaction open, and so does `close`.
+        session.rollback()
         session.close()
     except SQLAlchemyError:
         session.invalidate()

@@ -402,6 +402,24 @@ def test_04_a_database_that_goes_away_is_no_failure(postgres_app, monkeypatch):
     assert (effects(postgres_app), entries(postgres_app)) == ([], [])
 
 
+def test_04_a_file_that_is_busy_at_the_commit_is_no_failure(sqlite_url, monkeypatch):
+    """Scenario 4: SQLite's commit waits too long for a reader: the message goes back, and nobody is locked out."""
+    monkeypatch.setattr("catga_tasks.worker.OUTAGE_SECONDS", (0.01, 0.01))
+    reader = sa.create_engine(sqlite_url)
+    for app in _app(f"{sqlite_url}?timeout=0.1"):
+        found = task(app, charge)
+        with reader.connect() as reading:
+            reading.exec_driver_sql("BEGIN")
+            reading.exec_driver_sql("SELECT * FROM catga_inbox").all()
+            assert deliver(found, "a").info.state == states.REJECTED
+        with reader.begin() as writing:
+            writing.execute(sa.text("INSERT INTO effects VALUES ('other')"))
+        assert (effects(app), entries(app)) == (["other"], [])
+        assert deliver(found, "a").info is None
+        assert effects(app) == ["a", "other"]
+    reader.dispose()
+
+
 def test_a_lease_that_cant_be_waited_for_is_no_failure(postgres_app, monkeypatch):
     """A message that meets a lease goes back to the broker if the outbox can't take it meanwhile."""
     monkeypatch.setattr("catga_tasks.worker.OUTAGE_SECONDS", (0.01, 0.01))

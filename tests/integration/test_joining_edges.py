@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+from contextlib import nullcontext, suppress
 
 import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, event, func, insert, select, text
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.orm import Session, registry, sessionmaker
 
 from catga_tasks import Catga, MigrationRequired
@@ -173,6 +174,26 @@ def test_a_forgotten_session_takes_no_messages(app, engine):
     gc.collect()
     charge.delay(2)
     assert stored(engine) == [2]
+
+
+@pytest.mark.parametrize("tracked", [False, True], ids=["joined", "tracked"])
+def test_14_after_a_flush_that_failed_nothing_is_sent(app, engine, tracked):
+    """Who catches the error of a flush goes on in a transaction that can't commit: its messages go with it."""
+    charge, sessions = app.tasks["charge"], sessionmaker(engine)
+    if tracked:
+        app.outbox.track(sessions)
+    with (
+        pytest.raises(PendingRollbackError),
+        sessions() as session,
+        nullcontext() if tracked else app.outbox.join(session),
+    ):
+        session.execute(insert(orders).values(id=1))
+        session.add(Order(1))
+        with suppress(IntegrityError):
+            session.flush()
+        charge.delay(1)
+        session.commit()
+    assert stored(engine) == []
 
 
 def test_a_transaction_of_another_thread_has_to_be_joined(app, engine):
