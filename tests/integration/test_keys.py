@@ -523,6 +523,31 @@ def test_a_dead_letter_lets_go_and_replay_takes_again(app, engine):
     assert refresh.delay().id == unique.id
 
 
+def test_two_replays_at_a_time_replay_once(app, engine):
+    """The second one finds what the first has left, so that no key waits for a message that isn't there."""
+    charge, counts, came = task(app, key="a"), [], threading.Event()
+    charge.delay()
+    bury(app)
+
+    def arrive(_connection, _cursor, statement, *_rest):
+        if threading.current_thread() is thread and "INSERT" in statement:
+            came.set()
+
+    def replay():
+        with engine.begin() as connection:
+            counts.append(admin.replay(connection, Selection()))
+
+    thread = threading.Thread(target=replay)
+    sa.event.listen(engine, "before_cursor_execute", arrive)
+    with engine.begin() as connection:
+        counts.append(admin.replay(connection, Selection()))
+        thread.start()
+        assert came.wait(20)
+    thread.join(20)
+    sa.event.remove(engine, "before_cursor_execute", arrive)
+    assert counts == [1, 0]
+
+
 def test_a_purge_lets_go(app, engine):
     """Purged messages free their keys, and the next one that is left has its turn."""
     refresh, charge, other = task(app, unique=True), task(app, key="a"), task(app, key="a")
