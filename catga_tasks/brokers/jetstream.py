@@ -110,6 +110,9 @@ class Connection:
 
     def call(self, work: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
         """Run the coroutine on the loop thread and return its result; raise kombu's kinds of errors."""
+        if self.pid != os.getpid():
+            work.close()
+            raise Unreachable("This connection to NATS is another process's: it was made before a fork.")
         seconds = timeout or self.settings.publish_timeout
         denied = self._denied
         future = asyncio.run_coroutine_threadsafe(work, self.loop)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -251,6 +253,26 @@ def test_27_a_request_that_is_lost_is_made_again(connect, monkeypatch):
         while time.monotonic() < idle:
             drained(connection)
         assert [pull._asked for pull in lost] == before
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_34_a_child_connects_anew_at_once(connect):
+    """A web server that forks its workers after a publish: their first publish doesn't wait for the parent's thread."""
+    with connect(publish_timeout=60.0) as connection:
+        publish(connection, ["parent"])
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            with contextlib.suppress(BaseException):
+                policy = {"max_retries": 2, "interval_start": 0}
+                connection.Producer().publish(
+                    "child", routing_key="q", serializer="json", retry=True, retry_policy=policy
+                )
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(pid, 0) == (pid, 0)
+        publish(connection, ["after"])
+        assert size(connection) == 3
 
 
 def test_12_what_is_given_back_waits(connect):
