@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import states
 from celery.exceptions import BackendStoreError, Ignore, Reject, TimeLimitExceeded
-from sqlalchemy import event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -101,13 +102,21 @@ class Once:
         """Call the function once the transaction has committed; see `current.Delivery`."""
         self._after.append(work)
 
+    def refuse_commit(self) -> NoReturn:
+        """Raise: the task commits by itself what commits with its end."""
+        message = (
+            f"Task {self.task.name} commits current_session(), which commits by itself when the task returns, together "
+            "with its result and its entry in the inbox: leave session.commit() out."
+        )
+        raise ConfigurationError(message)
+
     def replace(self) -> None:
         """Note that another task takes this one's place: its `Ignore` is no failure."""
         self._replaced = True
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        _listen()
+        _listen(self.task.app.outbox.engine)
         token = current.delivery.set(self)
         try:
             with self.task.app.outbox.join(self.session):
@@ -360,13 +369,17 @@ def _close(session: Session) -> None:
 
 
 _listening: list[bool] = []
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-def _listen() -> None:
+def _listen(engine: Engine) -> None:
     """Listen to all sessions of the process, once: a listener for each delivery's own costs more."""
     if not _listening:
         _listening.append(True)
         event.listen(Session, "before_commit", _refuse_commit)
+    if engine not in _engines:
+        _engines.add(engine)
+        event.listen(engine, "commit", _refuse_commit_past_session)
 
 
 def _refuse_commit(session: Session) -> None:
@@ -375,8 +388,13 @@ def _refuse_commit(session: Session) -> None:
         return
     if delivery._committing or session.in_nested_transaction():
         return
-    message = (
-        f"Task {delivery.task.name} commits current_session(), which commits by itself when the task returns, together "
-        "with its result and its entry in the inbox: leave session.commit() out."
-    )
-    raise ConfigurationError(message)
+    delivery.refuse_commit()
+
+
+def _refuse_commit_past_session(connection: Connection) -> None:
+    delivery = current.delivery.get()
+    if not isinstance(delivery, Once) or delivery._committing:
+        return
+    transaction = delivery.session.get_transaction()
+    if transaction is not None and transaction.is_active and delivery.session.connection() is connection:
+        delivery.refuse_commit()

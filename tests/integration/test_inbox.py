@@ -278,10 +278,12 @@ def test_a_task_may_not_end_its_transaction(app):
 
     def ends(self, word, how):
         effect(word)
-        getattr(self.session, how)()
+        self.app.tasks["follow"].delay(word)
+        whose = self.session.connection() if how == "commit_its_connection" else self.session
+        getattr(whose, how.partition("_")[0])()
 
     found = task(app, ends)
-    for how in ("commit", "rollback", "close"):
+    for how in ("commit", "commit_its_connection", "rollback", "close"):
         answer = deliver(found, how, how, task_id=how)
         assert answer.info.state == states.FAILURE
         assert isinstance(answer.info.retval, ConfigurationError), answer.info.retval
