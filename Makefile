@@ -23,8 +23,9 @@ demo: $(READY)
 chaos: $(READY)
 	$(BIN)/python -m workers.chaos --seed $(SEED) --faults $(FAULTS) $(if $(filter file,$(origin BROKER)),,--broker $(BROKER))
 
+# Three at a time on two cores: half of a test's time is waiting.
 test: lint servers $(OLD_FLOWER)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 # In a browser; the pages are written to docs/images, after some minutes of traffic for their chart.
 test-ui: $(READY)
