@@ -14,6 +14,8 @@ from celery import signals
 from celery.exceptions import NotRegistered
 from celery.utils.objects import Bunch
 from celery.worker.consumer import Consumer as CeleryConsumer
+from celery.worker.consumer.connection import Connection as ConnectionStep
+from kombu import Connection
 from kombu.utils.json import JSONEncoder
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,7 +28,7 @@ from catga_tasks.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kombu import Connection, Message
+    from kombu import Message
 
 logger = logging.getLogger("catga_tasks")
 
@@ -47,6 +49,12 @@ _TRAVEL = frozenset((
 
 class Consumer(CeleryConsumer):
     """Celery's consumer, which loses no message that it doesn't understand. Without an outbox it is Celery's own."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for step in self.steps:
+            if isinstance(step, ConnectionStep):
+                step.info = _broker_info
 
     def connect(self) -> Connection:
         """Connect; whatever arrives that is no message at all is kept too."""
@@ -200,6 +208,17 @@ class Consumer(CeleryConsumer):
             return self.app.outbox is not None
         except ConfigurationError:
             return False
+
+
+def _broker_info(consumer: Any) -> dict[str, Any]:
+    """Tell `inspect stats` of the broker; Celery masks no token of a URL, and fails at one of several servers."""
+    if not consumer.connection:
+        return {"broker": "N/A"}
+    found = consumer.connection.info()
+    found.pop("password", None)
+    if found.get("alternates"):
+        found["alternates"] = [Connection(url).as_uri() for url in found["alternates"]]
+    return {"broker": found}
 
 
 def _json(value: dict[str, Any]) -> str:

@@ -121,11 +121,14 @@ def shop(processes, tmp_path, nats_server, redis_url):
 @pytest.mark.timeout(120)
 def test_37_remote_control(shop):
     """One worker, and everything that `celery inspect` and `celery control` ask of it."""
+    shop.env["BROKER"] += ";nats://geheim@127.0.0.1:1,127.0.0.1:2"
     worker = shop.worker()
     one = "one@test"
     assert shop.app.control.ping([one], timeout=5) == [{one: {"ok": "pong"}}]
     assert "add" in shop.inspect().registered()[one]
-    assert shop.inspect().stats()[one]["broker"]["transport"] == "nats"
+    broker = shop.inspect().stats()[one]["broker"]
+    assert (broker["transport"], broker["alternates"]) == ("nats", [shop.nats, "nats://**@127.0.0.1:1,127.0.0.1:2"])
+    assert "geheim" not in worker.log()
     # A task that runs, and one that is revoked while it waits behind two others.
     for number in range(2):
         shop.call("nap", number, 1.5)
