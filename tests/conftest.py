@@ -17,12 +17,20 @@ from tests.processes import Processes
 from workers.servers import NatsServer, PostgresServer, RedisServer, ServerMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
 pytest_plugins = ["catga_tasks.testing", "pytester"]
 
 REDIS_DATABASES = 16
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let reports pass between xdist's processes: they take no lone surrogates, which some tests are about."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 def _missing(server: str, reason: object) -> None:
