@@ -242,6 +242,10 @@ class Connection:
             return
         if "ermissions" in str(error):
             self._deny(translated(error))
+        elif self._grace is not None:
+            self._tries += 1
+            if self._tries == self.settings.reconnect_attempts:
+                self._give_up(f"NATS didn't come back in {self._tries} tries (reconnect_attempts).")
         logger.debug("NATS: %s", type(error).__name__)
 
     def _deny(self, error: Exception) -> None:
@@ -255,7 +259,10 @@ class Connection:
     async def _disconnected(self) -> None:
         if not self._closing and self._grace is None:
             logger.warning("The connection to NATS is lost; it is made again.")
-            self._grace = self.loop.call_later(self.settings.reconnect_grace, self._give_up)
+            self._tries = 0
+            seconds = self.settings.reconnect_grace
+            words = f"NATS was away for more than {seconds:g} s (reconnect_grace)."
+            self._grace = self.loop.call_later(seconds, self._give_up, words)
 
     async def _reconnected(self) -> None:
         if self._grace is not None:
@@ -270,8 +277,8 @@ class Connection:
             # Not here: nats-py takes an error for another outage.
             self.background(work())
 
-    def _give_up(self) -> None:
-        self.broken = Unreachable(f"NATS was away for more than {self.settings.reconnect_grace:g} s (reconnect_grace).")
+    def _give_up(self, words: str) -> None:
+        self.broken = self.broken or Unreachable(words)
         self.bell.ring()
 
     async def _beat(self) -> None:

@@ -93,6 +93,8 @@ class NatsSettings:
     publish_timeout: float = 10.0
     #: Between two tries to reconnect.
     reconnect_wait: float = 0.25
+    #: So many tries that fail make an outage an error, also before reconnect_grace is over.
+    reconnect_attempts: int | None = None
     #: An outage that is over within this time goes unnoticed; a longer one is an error that Celery recovers from.
     reconnect_grace: float = 10.0
     ping_interval: float = 20.0
@@ -281,6 +283,7 @@ _CHECKS: dict[str, _Check] = {
     "duplicate_window": _kept,
     "ack_wait": _pause,
     "max_deliver": _limit,
+    "reconnect_attempts": _limit,
     "backoff": _waits,
     "max_ack_pending": _whole(1, 2**31 - 1, "a whole number above 0, or -1", -1),
     "priority_steps": _steps,

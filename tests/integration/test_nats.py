@@ -491,3 +491,18 @@ def test_06_bad_rows_hold_up_no_batch(own_nats, engine, options):
     assert "headers" in odd[2]
     with Connection(server.url, transport_options=options) as connection:
         assert size(connection, "celery") == 10
+
+
+def test_26_tries_to_reconnect_are_counted(own_nats, options):
+    """With reconnect_attempts an outage is an error after so many tries, long before reconnect_grace is over."""
+    server = own_nats()
+    tries = {"reconnect_attempts": 3, "reconnect_wait": 0.05, "reconnect_grace": 60.0}
+    with Connection(server.url, transport_options={**options, **tries}) as connection:
+        nats = connection.default_channel.nats
+        server.restart()
+        wait_until(lambda: nats.nats.is_connected, what="a connection that is back")
+        assert nats.broken is None
+        server.kill()
+        wait_until(lambda: nats.broken is not None, deadline=20, what="the end of the tries")
+        assert str(nats.broken) == "NATS didn't come back in 3 tries (reconnect_attempts)."
+        server.start()

@@ -15,7 +15,7 @@ from catga_tasks.brokers.nats_url import address
 
 SECRET = "geheim"
 SECONDS = ("ack_wait", "connect_timeout", "publish_timeout", "reconnect_wait", "reconnect_grace", "ping_interval")
-COUNTS = ("max_msgs", "max_bytes", "max_msg_size", "max_deliver", "max_ack_pending")
+COUNTS = ("max_msgs", "max_bytes", "max_msg_size", "max_deliver", "max_ack_pending", "reconnect_attempts")
 TEXTS = ("client_name", "token", "nkey", "credentials", "tls_ca_file", "tls_cert_file")
 WRONG = [
     ("ack_wiat", 3, "no option ack_wiat; did you mean ack_wait"),
