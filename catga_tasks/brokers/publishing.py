@@ -85,7 +85,7 @@ class Publishing:
                         await self._connection.streams.ensure(entry[0])
                     await self._send(entry, tokens[-1])
                 except (errors.Error, CatgaError, ChannelError) as error:
-                    batch.answer(number, translated(error))
+                    self._answer(tokens[-1], translated(error))
             await batch.complete
         finally:
             late.cancel()
@@ -107,13 +107,15 @@ class Publishing:
     async def _answered(self, msg: Msg) -> None:
         """Take an answer with headers: nobody stores what has this subject."""
         gone = msg.headers and msg.headers.get("Status") == "503"
-        self._note(msg.subject, StreamGone("There is no stream for this queue.") if gone else refusal(msg.data))
+        error = StreamGone("There is no stream for this queue.") if gone else refusal(msg.data)
+        self._answer(int(msg.subject[len(self._inbox) + 1 :]), error)
 
     def _confirmed(self, subject: bytes, data: bytes) -> None:
-        self._note(subject.decode(), refusal(data))
+        self._answer(int(subject[len(self._inbox) + 1 :]), refusal(data))
 
-    def _note(self, subject: str, error: Exception | None) -> None:
-        awaited = self._awaited.pop(int(subject[len(self._inbox) + 1 :]), None)
+    def _answer(self, token: int, error: Exception | None) -> None:
+        """Note what became of a message, once: what failed isn't sent again with those that wait for an answer."""
+        awaited = self._awaited.pop(token, None)
         if awaited is not None:
             batch, number, _ = awaited
             batch.answer(number, error)

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from kombu import Connection, Exchange, Queue
@@ -506,3 +507,23 @@ def test_26_tries_to_reconnect_are_counted(own_nats, options):
         wait_until(lambda: nats.broken is not None, deadline=20, what="the end of the tries")
         assert str(nats.broken) == "NATS didn't come back in 3 tries (reconnect_attempts)."
         server.start()
+
+
+def test_36_what_failed_is_not_sent_again(own_nats, options):
+    """A message that can't leave doesn't wait for an answer with the others, which go out again after an outage."""
+    server = own_nats()
+    with Connection(server.url, transport_options=options) as connection:
+        channel = connection.default_channel
+        Queue("q")(channel).declare()
+        entries = [("q", 0, b"good", "1"), ("q", 0, b"x" * 2_000_000, "2"), ("q", 0, b"good", "3")]
+        server.pause()
+        with ThreadPoolExecutor() as aside:
+            sending = aside.submit(channel.send, entries)
+            try:
+                waiting = channel.nats.publishing._awaited
+                wait_until(lambda: [number for _, number, _ in waiting.values()] == [0, 2], what="two that wait")
+            finally:
+                server.resume()
+            first, second, third = sending.result(20)
+        assert (first, third) == (None, None)
+        assert isinstance(second, MessageRejected)
